@@ -1,0 +1,178 @@
+"""Animate a portrait with a driving video.
+
+    python sample.py                                    the bundled portrait, driving clip and demo weights -> out/
+    python sample.py -s PHOTO -d VIDEO -o DIR --checkpoint DIR
+
+Writes {source}--{driving}.mp4 with the driver's frame rate, frame count and sound, the same beside its inputs
+(_concat.mp4), and a .json that says how it was made.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from typing import Annotated
+
+import cv2
+import jax
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+import svdp_jax
+from svdp_jax import checkpoint, pipeline
+from svdp_jax.config import Config, ConfigError, load_config
+from svdp_jax.data import faces, inputs, video
+
+DEMO = pathlib.Path(svdp_jax.__file__).parent / "assets" / "demo"
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """What to animate with what, and how."""
+
+    source: Annotated[pathlib.Path | None, tyro.conf.arg(aliases=["-s"])] = None
+    """Portrait to animate (default: the bundled one)."""
+    driving: Annotated[pathlib.Path | None, tyro.conf.arg(aliases=["-d"])] = None
+    """Video (or picture) whose expressions and pose it takes on (default: the bundled one)."""
+    output: Annotated[pathlib.Path, tyro.conf.arg(aliases=["-o"])] = pathlib.Path("out")
+    """Directory for the results."""
+    checkpoint: pathlib.Path = DEMO / "checkpoint"
+    """Training workdir or exported checkpoint. The bundled one knows rendered portraits only."""
+    steps: int | None = None
+    """Denoising steps (default: the checkpoint's)."""
+    guidance: tuple[float, float, float] | None = None
+    """Weights of source, driving and history (default: the checkpoint's; the paper's are 2 2.5 1)."""
+    seed: int = 42
+    """Of the noise."""
+    concat: bool = True
+    """Also write source, driver and result side by side."""
+    max_frames: int | None = None
+    """Stop after so many frames of the driver."""
+    landmarker: pathlib.Path | None = None
+    """MediaPipe's face_landmarker.task, or landmarks in a .npz (default: $SVDP_FACE_LANDMARKER, else a simple detector)."""
+    face: int | None = None
+    """Which face, 0 being the largest (default: the largest)."""
+    align: bool = True
+    """Crop both faces to the same size and place."""
+    paste_back: bool = True
+    """Put the animated crop back into the whole picture."""
+
+
+def main(flags: Flags) -> None:
+    # ------------------------------------------------------------------------- inputs: all checked before any slow work
+    started = time.perf_counter()
+    if (flags.source is None) != (flags.driving is None):
+        raise ConfigError("--source and --driving go together; without both, the bundled pair is used")
+    bundled = flags.source is None
+    source, driving = (DEMO / "source.png", DEMO / "driving.mp4") if bundled else (flags.source, flags.driving)
+    config = read_config(flags)
+    make_writable(flags.output)
+    prepared = inputs.prepare(
+        source, driving, config.data, landmarker=flags.landmarker, face=flags.face, align=flags.align and not bundled, max_frames=flags.max_frames
+    )
+
+    # ---------------------------------------------------------------------------------------------------------- weights
+    loading = time.perf_counter()
+    config, params, frozen = checkpoint.load_weights(flags.checkpoint)
+    config = override(config, flags)
+    params = jax.device_put(params)
+
+    # ---------------------------------------------------------------------------------------------------------- animate
+    animating = time.perf_counter()
+    name = f"{source.stem}--{driving.stem}"
+    finished = flags.output / f".{name}.windows"  # each finished window, losslessly, until the videos are written
+    shutil.rmtree(finished, ignore_errors=True)
+    finished.mkdir()
+    frames = len(prepared.landmarks)
+    windows = -(-frames // config.data.frames)
+    with tqdm(total=windows * config.sample.steps, unit="step", desc=f"{frames} frames, {windows} windows", dynamic_ncols=True) as bar:
+        masked = inputs.masked_frames(prepared, config.data)
+        results = pipeline.animate(config, params, frozen, prepared.source, masked, jax.random.key(flags.seed), progress=bar.update)
+        for window, result in enumerate(results):
+            np.save(finished / f"{window:06d}.npy", result)
+
+    # ------------------------------------------------------------------------------------------------------------ write
+    writing = time.perf_counter()
+    made = {
+        "comment": "synthesised: this video shows events that did not happen",
+        "software": f"svdp_jax {svdp_jax.__version__}",
+        "checkpoint": checkpoint.fingerprint(flags.checkpoint),
+    }
+    written = [flags.output / f"{name}.mp4"]
+    video.write_video(written[0], whole_pictures(saved(finished), prepared, paste_back=flags.paste_back), fps=prepared.info.fps, audio_from=driving, metadata=made)
+    if flags.concat:
+        written.append(flags.output / f"{name}_concat.mp4")
+        video.write_video(written[1], side_by_side(saved(finished), prepared), fps=prepared.info.fps, audio_from=driving, metadata=made)
+    done = time.perf_counter()
+    record = made | {
+        "source": source.name,
+        "driving": driving.name,
+        "frames": frames,
+        "fps": str(prepared.info.fps),
+        "seed": flags.seed,
+        "steps": config.sample.steps,
+        "guidance": config.sample.guidance,
+        "seconds": {"inputs": loading - started, "load": animating - loading, "animate": writing - animating, "write": done - writing},
+    }
+    written.append(flags.output / f"{name}.json")
+    written[-1].write_text(json.dumps(record, indent=2) + "\n")
+    shutil.rmtree(finished)
+    print("\n".join(f"wrote {path}" for path in written))
+
+
+def read_config(flags: Flags) -> Config:
+    """The checkpoint's config with the flags' sampling, before its weights are loaded."""
+    path = flags.checkpoint / checkpoint.CONFIG
+    if not path.is_file():
+        raise ConfigError(f"--checkpoint {flags.checkpoint}: no {checkpoint.CONFIG} there; give a training workdir or an exported checkpoint")
+    return override(load_config(path), flags)
+
+
+def override(config: Config, flags: Flags) -> Config:
+    """`config` with the flags that were given."""
+    given = {name: getattr(flags, name) for name in ("steps", "guidance") if getattr(flags, name) is not None}
+    return dataclasses.replace(config, sample=dataclasses.replace(config.sample, **given))
+
+
+def make_writable(directory: pathlib.Path) -> None:
+    """Makes the directory; ConfigError if nothing can be written there."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".{os.getpid()}.writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"--output {directory} cannot be written: {error.strerror}") from error
+
+
+def saved(finished: pathlib.Path) -> Iterator[np.ndarray]:
+    """The frames of all finished windows, [size, size, 3] each."""
+    for path in sorted(finished.glob("*.npy")):
+        yield from np.load(path)
+
+
+def whole_pictures(frames: Iterator[np.ndarray], prepared: inputs.Inputs, *, paste_back: bool) -> Iterator[np.ndarray]:
+    """The frames inside the source picture, or as they are."""
+    for frame in frames:
+        yield faces.paste_back(prepared.picture, frame, prepared.crop) if paste_back else frame
+
+
+def side_by_side(frames: Iterator[np.ndarray], prepared: inputs.Inputs, *, smallest: int = 256) -> Iterator[np.ndarray]:
+    """Source | driver | result, each at least `smallest` pixels wide."""
+    side = max(prepared.size, smallest)
+    for driver, frame in zip(inputs.driver_frames(prepared), frames, strict=True):
+        row = (prepared.source, driver, frame)
+        yield np.concatenate([cv2.resize(picture, (side, side), interpolation=cv2.INTER_CUBIC) for picture in row], axis=1)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Flags, description=__doc__))
+    except (ConfigError, video.MediaError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,160 @@
+"""Checkpoints: save, restore onto any mesh, and weights ready to sample from.
+
+A training workdir holds `config.json`, `frozen/` (what training never changes, once) and `checkpoints/STEP/`. An exported
+checkpoint holds `config.json`, `frozen/` and `weights/`, the EMA parameters alone. `load_weights` reads both.
+
+    python -m svdp_jax.checkpoint inspect DIR                 what a checkpoint holds, without loading it
+    python -m svdp_jax.checkpoint export DIR OUTPUT           the EMA weights of a workdir's last step, in float32 or bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from svdp_jax.config import Config, ConfigError, load_config, to_dict
+from svdp_jax.train_state import TrainState
+from svdp_jax.types import Frozen
+
+CONFIG, FROZEN, STEPS, WEIGHTS = "config.json", "frozen", "checkpoints", "weights"
+
+
+def write_config(directory: pathlib.Path, config: Config) -> None:
+    """The run's config as JSON, where every loader looks for it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / CONFIG).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def manager(workdir: pathlib.Path, *, keep: int) -> ocp.CheckpointManager:
+    """Saves and restores the training state of a workdir; saving goes on in the background."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+    return ocp.CheckpointManager((workdir / STEPS).absolute(), options=options)
+
+
+def save(checkpoints: ocp.CheckpointManager, state: TrainState) -> None:
+    """Starts saving the state under its step."""
+    checkpoints.save(int(state.step), args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+
+
+def restore(checkpoints: ocp.CheckpointManager, state: TrainState) -> TrainState:
+    """The last saved state, in the shardings of `state` (arrays or shapes); raises ConfigError if it does not fit."""
+    step = checkpoints.latest_step()
+    try:
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        return checkpoints.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
+    except ValueError as error:
+        raise ConfigError(f"checkpoint {checkpoints.directory}/{step} does not fit the config: {first_line(error)}") from error
+
+
+def save_tree(directory: pathlib.Path, tree: Any) -> None:
+    """A tree of arrays as a directory of its own; an older one is replaced."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(directory.absolute(), tree, force=True)
+
+
+def load_tree(directory: pathlib.Path) -> Any:
+    """A tree saved by `save_tree`, as numpy arrays."""
+    checkpointer = ocp.PyTreeCheckpointer()
+    arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), checkpointer.metadata(directory.absolute()).item_metadata.tree)
+    return checkpointer.restore(directory.absolute(), restore_args=arrays)
+
+
+def save_frozen(directory: pathlib.Path, frozen: Frozen) -> None:
+    """`frozen/` of a workdir or an exported checkpoint."""
+    save_tree(directory / FROZEN, frozen._asdict())
+
+
+def load_frozen(directory: pathlib.Path) -> Frozen:
+    """What `save_frozen` wrote."""
+    return Frozen(**load_tree(directory / FROZEN))
+
+
+def load_weights(directory: pathlib.Path) -> tuple[Config, Any, Frozen]:
+    """Config, EMA parameters (float32) and frozen arrays of an exported checkpoint or a workdir's last step.
+
+    Raises ConfigError, naming what is missing, if the directory is neither.
+    """
+    directory = pathlib.Path(directory)
+    if not (directory / CONFIG).is_file():
+        raise ConfigError(f"{directory} is not a checkpoint: it has no {CONFIG}; give a training workdir or an exported checkpoint")
+    config = load_config(directory / CONFIG)
+    weights = directory / WEIGHTS
+    if not weights.is_dir():
+        steps = sorted(int(path.name) for path in (directory / STEPS).glob("*") if path.name.isdigit())
+        if not steps:
+            raise ConfigError(f"{directory} holds neither {WEIGHTS}/ nor a finished step in {STEPS}/: train longer, or give another directory")
+        weights = directory / STEPS / str(steps[-1]) / "state"
+    try:
+        tree = load_tree(weights)
+        frozen = load_frozen(directory)
+    except (ValueError, KeyError, FileNotFoundError, OSError) as error:
+        raise ConfigError(f"checkpoint {directory} cannot be read: {first_line(error)}") from error
+    params = tree["ema"] if "ema" in tree else tree
+    return config, jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params), frozen
+
+
+def export(directory: pathlib.Path, output: pathlib.Path, *, dtype: str) -> None:
+    """Writes the EMA weights of a checkpoint, its frozen arrays and its config to `output`."""
+    config, params, frozen = load_weights(directory)
+    write_config(output, config)
+    save_tree(output / WEIGHTS, jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params))
+    save_frozen(output, frozen)
+
+
+def fingerprint(directory: pathlib.Path) -> str:
+    """A short hash of a checkpoint's files, for the provenance of what is made with it."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in pathlib.Path(directory).rglob("*") if path.is_file()):
+        digest.update(str(path.relative_to(directory)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the pages behind it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def inspect(directory: pathlib.Path) -> str:
+    """A table of what a checkpoint holds: parameters, types and bytes by part."""
+    config, params, frozen = load_weights(directory)
+    rows = [f"{directory}: {config.name}"]
+    for name, tree in {**params, **{f"frozen/{key}": value for key, value in frozen._asdict().items()}}.items():
+        leaves = jax.tree.leaves(tree)
+        rows.append(f"  {name:<24}{sum(leaf.size for leaf in leaves):>15,} values in {len(leaves):>3} arrays")
+    rows.append(f"  {'parameters':<24}{sum(leaf.size for leaf in jax.tree.leaves(params)):>15,}")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m svdp_jax.checkpoint", description="Look into a checkpoint, or make a small one to sample from.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    look = commands.add_parser("inspect", help="what it holds")
+    look.add_argument("directory", type=pathlib.Path)
+    out = commands.add_parser("export", help="the EMA weights, config and frozen arrays alone")
+    out.add_argument("directory", type=pathlib.Path)
+    out.add_argument("output", type=pathlib.Path)
+    out.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights in the file")
+    flags = parser.parse_args()
+    try:
+        if flags.command == "inspect":
+            print(inspect(flags.directory))
+        else:
+            export(flags.directory, flags.output, dtype=flags.dtype)
+            print(f"wrote {flags.output}")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

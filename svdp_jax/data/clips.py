@@ -1,0 +1,224 @@
+"""The record format: pairs of clips in ArrayRecord shards, which tensorflow-datasets reads as any other dataset.
+
+In and out: `Clip`, two portraits in the same motion, frames [N,H,W,3] and landmarks [N,K,2] each. On disk a dataset is
+
+    DIRECTORY/clips-{split}.array_record-{shard:05d}-of-{shards:05d}    one record per clip; frames are mp4 (H.264) bytes
+    DIRECTORY/dataset_info.json, features.json                          written last, by `finish`: without them it is no dataset
+
+TensorFlow is not needed, neither to write nor to read.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+from google.protobuf.message import DecodeError
+from jaxtyping import Float, UInt8
+from tensorflow_datasets.core import example_serializer
+
+from svdp_jax.config import ConfigError
+from svdp_jax.data import video
+
+NAME = "clips"
+CRF = 10  # visually lossless: the model should not learn the marks of a codec
+MAKE = "make one with `python -m svdp_jax.data.synthetic --output {0}` or `python -m svdp_jax.data.prepare --output {0} --input VIDEOS`"
+
+FEATURES = tfds.features.FeaturesDict(
+    {
+        "id": tfds.features.Text(),
+        "fps": np.float64,
+        "target": tfds.features.Tensor(shape=(), dtype=np.object_),  # mp4
+        "driver": tfds.features.Tensor(shape=(), dtype=np.object_),  # mp4
+        "target_landmarks": tfds.features.Tensor(shape=(None, None, 2), dtype=np.float32, encoding="bytes"),
+        "driver_landmarks": tfds.features.Tensor(shape=(None, None, 2), dtype=np.float32, encoding="bytes"),
+    }
+)
+
+
+class Clip(NamedTuple):
+    """Two people in the same motion, frame by frame. Landmarks are pixels (x, y), pixel centres at integers."""
+
+    id: str
+    fps: float  # frames per second
+    target: UInt8[np.ndarray, "N H W 3"]  # the real clip, RGB
+    driver: UInt8[np.ndarray, "N H W 3"]  # the other person
+    target_landmarks: Float[np.ndarray, "N K 2"]
+    driver_landmarks: Float[np.ndarray, "N K 2"]
+
+
+def shard_path(directory: str | os.PathLike, *, split: str, shard: int, shards: int) -> pathlib.Path:
+    """Where `write_clips` puts shard number `shard` of `shards`."""
+    return pathlib.Path(directory) / f"{NAME}-{split}.array_record-{shard:05d}-of-{shards:05d}"
+
+
+def write_clips(clips: Iterable[Clip], directory: str | os.PathLike, *, split: str, shard: int, shards: int) -> pathlib.Path:
+    """Write `clips` as one shard and return its path. The file appears only when it is whole, so that a run that was
+    cut off may go on with the shards that are missing. After the last shard comes `finish`.
+
+    A clip whose parts do not fit together (lengths, sizes, dtypes), or whose K differs from the first one's: ValueError."""
+    path = shard_path(directory, split=split, shard=shard, shards=shards)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    serializer = example_serializer.ExampleSerializer(FEATURES.get_serialized_info())
+    partial = path.with_name(f".{path.name}.partial")
+    # Records are read one by one, in any order; mp4 would not shrink any further.
+    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
+    points = None
+    try:
+        for clip in clips:
+            _check_clip(clip)
+            points = points or clip.target_landmarks.shape[1]
+            if clip.target_landmarks.shape[1] != points:
+                raise ValueError(f"clip {clip.id} has {clip.target_landmarks.shape[1]} landmarks, the ones before it have {points}")
+            fps = Fraction(clip.fps).limit_denominator(1001)
+            record = {
+                "id": clip.id,
+                "fps": clip.fps,
+                "target": video.encode(clip.target, fps=fps, crf=CRF),
+                "driver": video.encode(clip.driver, fps=fps, crf=CRF),
+                "target_landmarks": clip.target_landmarks,
+                "driver_landmarks": clip.driver_landmarks,
+            }
+            writer.write(serializer.serialize_example(FEATURES.encode_example(record)))
+        writer.close()
+        partial.rename(path)
+    finally:
+        if writer.is_open():
+            writer.close()
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def finish(directory: str | os.PathLike) -> dict[str, int]:
+    """Write the metadata for all shards in `directory`, which makes it a dataset; returns clips per split.
+
+    May be called again after another split was added. No shards, missing shards, or shards of two different
+    divisions of a split: ConfigError."""
+    directory = pathlib.Path(directory)
+    found: dict[str, dict[int, list[int]]] = {}  # split -> shards -> shard numbers
+    for path in sorted(directory.glob(f"{NAME}-*.array_record-*")):
+        match = re.fullmatch(rf"{NAME}-(\w+)\.array_record-(\d{{5}})-of-(\d{{5}})", path.name)
+        if match:
+            found.setdefault(match[1], {}).setdefault(int(match[3]), []).append(int(match[2]))
+    if not found:
+        raise ConfigError(f"{directory} holds no shards; {MAKE.format(directory)}")
+    splits, lengths = [], {}
+    for split, divisions in found.items():
+        if len(divisions) > 1:
+            kinds = " and in ".join(map(str, sorted(divisions)))
+            raise ConfigError(f"{directory} holds the split {split} both in {kinds} shards; delete those of one kind")
+        shards, numbers = next(iter(divisions.items()))
+        missing = sorted(set(range(shards)) - set(numbers))
+        if missing:
+            raise ConfigError(f"{directory} lacks shards {_short(missing)} of {shards} of {split}; run the command that writes them again")
+        paths = [shard_path(directory, split=split, shard=shard, shards=shards) for shard in range(shards)]
+        shard_lengths = [_records(path) for path in paths]
+        for path, length in zip(paths, shard_lengths, strict=True):
+            if length == 0:
+                raise ConfigError(f"{path} has no records or is cut off; delete it and run the command that writes it again")
+        lengths[split] = sum(shard_lengths)
+        size = sum(path.stat().st_size for path in paths)
+        template = tfds.core.ShardedFileTemplate(dataset_name=NAME, data_dir=directory, split=split, filetype_suffix="array_record")
+        splits.append(tfds.core.SplitInfo(name=split, shard_lengths=shard_lengths, num_bytes=size, filename_template=template))
+    tfds.folder_dataset.write_metadata(
+        data_dir=directory,
+        features=FEATURES,
+        split_infos=splits,
+        filename_template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        check_data=False,  # the check reads through TensorFlow
+    )
+    return lengths
+
+
+class Clips:
+    """The clips of one split, by number; made by `open_clips`. May be pickled and read from several threads."""
+
+    def __init__(self, path: str, records: tfds.core.data_sources.base.BaseDataSource):
+        self.path = path
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Clip:
+        """Clip number `index`, decoded. A record that cannot be read: MediaError; no such record: IndexError."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"clip {index} of {len(self)}")
+        try:
+            record = self.records[index]
+            clip = Clip(
+                id=record["id"].decode(),
+                fps=float(record["fps"]),
+                target=video.decode(record["target"]),
+                driver=video.decode(record["driver"]),
+                target_landmarks=record["target_landmarks"],
+                driver_landmarks=record["driver_landmarks"],
+            )
+            _check_clip(clip)
+        except (RuntimeError, ValueError, DecodeError) as error:  # of ArrayRecord, of video and _check_clip, of the record itself
+            raise video.MediaError(f"record {index} of {self.path}: {error}") from error
+        return clip
+
+
+def open_clips(directory: str | os.PathLike, *, split: str) -> Clips:
+    """The clips of `split`, with len() and [i]. No dataset, no such split, or a shard that is gone or cut off: ConfigError."""
+    directory = pathlib.Path(directory)
+    if not directory.is_dir():
+        raise ConfigError(f"data {directory} is no directory; {MAKE.format(directory)}")
+    if not (directory / "dataset_info.json").is_file():
+        state = "was cut off while being written" if any(directory.glob(f"{NAME}-*.array_record-*")) else "holds no dataset"
+        raise ConfigError(f"data {directory} {state}; {MAKE.format(directory)}")
+    try:
+        builder = tfds.builder_from_directory(directory)
+    except Exception as error:  # tfds has no common type for what can be wrong with two JSON files
+        raise ConfigError(f"data {directory} has unreadable metadata ({_first_line(error)}); {MAKE.format(directory)}") from error
+    if set(builder.info.features) != set(FEATURES):
+        fields = sorted(builder.info.features)
+        raise ConfigError(f"data {directory} has the fields {fields}, not {sorted(FEATURES)}; {MAKE.format(directory)}")
+    if split not in builder.info.splits:
+        raise ConfigError(f"data {directory} has the splits {sorted(builder.info.splits)}, not {split!r}; {MAKE.format(directory)}")
+    info = builder.info.splits[split]
+    for path, length in zip(info.filepaths, info.shard_lengths, strict=True):
+        if _records(path) != length:
+            raise ConfigError(f"{path} is gone or cut off, with {length} clips; delete it and run the command that wrote it again")
+    return Clips(f"{directory} ({split})", builder.as_data_source(split=split))
+
+
+def _check_clip(clip: Clip) -> None:
+    shape = clip.target.shape
+    if len(shape) != 4 or shape[0] == 0 or shape[1] != shape[2] or shape[3] != 3 or clip.target.dtype != np.uint8:
+        raise ValueError(f"clip {clip.id} has target frames {clip.target.dtype}{list(shape)}; they must be square, uint8[N,H,H,3]")
+    if clip.driver.shape != shape or clip.driver.dtype != np.uint8:
+        driver = f"{clip.driver.dtype}{list(clip.driver.shape)}"
+        raise ValueError(f"clip {clip.id} has driver frames {driver}; those of the target are uint8{list(shape)}")
+    points = clip.target_landmarks.shape[1:2]
+    for name, landmarks in (("target_landmarks", clip.target_landmarks), ("driver_landmarks", clip.driver_landmarks)):
+        if landmarks.shape != (shape[0], *points, 2) or not np.isfinite(landmarks).all():
+            raise ValueError(f"clip {clip.id} has {name} {list(landmarks.shape)}; they must be finite, [{shape[0]},K,2], one K for both")
+
+
+def _records(path: str | os.PathLike) -> int:
+    """Records of a shard; 0 for a file that is gone or cut off."""
+    if not os.path.isfile(path):
+        return 0
+    reader = array_record_module.ArrayRecordReader(str(path))
+    if not reader.ok():  # closing it would raise, too
+        return 0
+    records = reader.num_records()
+    reader.close()
+    return records
+
+
+def _short(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

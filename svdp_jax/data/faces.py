@@ -1,0 +1,397 @@
+"""Faces: where they are, what of them the model sees, how they are cut out and put back.
+
+Frames uint8 [H, W, 3] go through a detector (MediaPipe, a file of landmarks, or a cascade) to landmarks float32 [N, K, 2]:
+pixels x, y, with pixel centres at integers; K is 68 (iBUG's order) or 478 (MediaPipe's). From landmarks follow one square
+crop for the clip, a crop of the source that shows its face at the same size and place, and the boxes of eyes, nose and
+mouth, outside which a driving frame is black. "Left" is the person's left. The face box goes from brows to chin, so
+that it means the same for either K.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import os
+import pathlib
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from jaxtyping import Float32, UInt8
+from scipy.ndimage import gaussian_filter1d
+from skimage.data import lbp_frontal_face_cascade_filename
+from skimage.feature import Cascade
+
+from svdp_jax.data.video import MediaError
+
+Detector = Callable[[UInt8[np.ndarray, "H W 3"]], Float32[np.ndarray, "faces K 2"]]
+
+LONGEST_GAP = 5  # frames without a face through which the last one is held
+RAISE = 0.1  # in sides of the face box, by which a crop sits higher, so that hair is on it
+FEATHER = 0.08  # in sides of the crop, over which an animated crop blends in
+HEAD_SIGMA, EXPRESSION_SIGMA = 1.5, 0.5  # frames, of the temporal smoothing
+CASCADE_SIZE = 300  # pixels, longest side of the picture in which the cascade looks
+ADVICE = "use a picture with a frontal, well-lit human face, or give landmarks (.npz) or face_landmarker.task as landmarker"
+EYE_HEIGHT = 0.12  # in sides of the face box: a wide-open eye. A blink must not shrink the box, or lids would be cut off.
+
+
+class Crop(NamedTuple):
+    """A square of an image, in whole pixels; it may reach beyond the image."""
+
+    x0: int
+    y0: int
+    side: int
+
+
+class _Layout(NamedTuple):
+    """Which landmarks make up what."""
+
+    left_eye: list[int]
+    right_eye: list[int]
+    nose: list[int]
+    mouth: list[int]
+    outline: list[int]  # jaw from temple to temple, and brows
+    rigid: list[int]  # corners of the eyes and the nose: move with the head, not with the expression
+
+
+_LAYOUTS = {
+    68: _Layout(
+        left_eye=list(range(42, 48)),
+        right_eye=list(range(36, 42)),
+        nose=list(range(27, 36)),
+        mouth=list(range(48, 68)),
+        outline=list(range(27)),
+        rigid=[36, 39, 42, 45, 27, 30, 33],
+    ),
+    478: _Layout(
+        left_eye=[263, 249, 390, 373, 374, 380, 381, 382, 362, 466, 388, 387, 386, 385, 384, 398],
+        right_eye=[33, 7, 163, 144, 145, 153, 154, 155, 133, 246, 161, 160, 159, 158, 157, 173],
+        nose=[168, 6, 197, 195, 5, 4, 1, 19, 94, 2, 98, 97, 326, 327, 294, 278, 344, 440, 275, 45, 220, 115, 48, 64],
+        mouth=[61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 185, 40, 39, 37, 0, 267, 269, 270, 409],
+        outline=[127, 234, 93, 132, 58, 172, 136, 150, 149, 176, 148, 152, 377, 400, 378, 379, 365, 397, 288, 361, 323, 454, 356]
+        + [70, 63, 105, 66, 107, 336, 296, 334, 293, 300],
+        rigid=[33, 133, 362, 263, 168, 1, 2],
+    ),
+}
+
+
+def face_box(landmarks: Float32[np.ndarray, "*batch K 2"]) -> Float32[np.ndarray, "*batch 4"]:
+    """The square x0, y0, x1, y1 around brows and jaw."""
+    low, high = _extent(landmarks, _layout(landmarks).outline)
+    centre, half = (low + high) / 2, np.max(high - low, axis=-1, keepdims=True) / 2
+    return np.concatenate([centre - half, centre + half], axis=-1)
+
+
+def regions(landmarks: Float32[np.ndarray, "*batch K 2"], *, margin: float) -> Float32[np.ndarray, "*batch 4 4"]:
+    """Boxes x0, y0, x1, y1 of left eye, right eye, nose and mouth, each `margin` sides of the face box larger on every side."""
+    layout = _layout(landmarks)
+    side = _side(face_box(landmarks))[..., None]
+    boxes = []
+    for indices in (layout.left_eye, layout.right_eye, layout.nose, layout.mouth):
+        low, high = _extent(landmarks, indices)
+        if indices in (layout.left_eye, layout.right_eye):
+            lack = np.maximum(EYE_HEIGHT * side - (high - low), 0) * np.float32([0, 0.5])
+            low, high = low - lack, high + lack
+        boxes.append(np.concatenate([low - margin * side, high + margin * side], axis=-1))
+    return np.stack(boxes, axis=-2)
+
+
+def mask_frames(frames: UInt8[np.ndarray, "N H W 3"], boxes: Float32[np.ndarray, "N 4 4"]) -> UInt8[np.ndarray, "N H W 3"]:
+    """`frames` with every pixel black whose centre lies outside all boxes of its frame."""
+    x, y = np.arange(frames.shape[2]), np.arange(frames.shape[1])
+    x0, y0, x1, y1 = (boxes[..., i, None] for i in range(4))  # [N, 4, 1]
+    columns, rows = (x0 <= x) & (x <= x1), (y0 <= y) & (y <= y1)  # [N, 4, W], [N, 4, H]
+    seen = (rows[..., :, None] & columns[..., None, :]).any(axis=1)  # [N, H, W]
+    return frames * seen[..., None]
+
+
+def driving_crop(landmarks: Float32[np.ndarray, "N K 2"], *, scale: float) -> Crop:
+    """One crop for the whole clip: `scale` sides of the typical face box, around its typical place, larger where a face would leave it."""
+    boxes = face_box(landmarks)
+    face = float(np.median(_side(boxes)))
+    centre = np.median((boxes[:, :2] + boxes[:, 2:]) / 2, axis=0) - [0, RAISE * face]
+    reach = max(np.max(centre - boxes[:, :2]), np.max(boxes[:, 2:] - centre))
+    side = round(max(scale * face, 2 * reach))
+    x0, y0 = np.rint(centre + 0.5 - side / 2).astype(int).tolist()
+    return Crop(x0, y0, side)
+
+
+def source_crop(source_landmarks: Float32[np.ndarray, "K 2"], driving_landmarks: Float32[np.ndarray, "N K 2"], driving_crop: Crop) -> Crop:
+    """The crop that shows the source's face at the size and place of the driver's, in the frame whose face looks most like it.
+
+    Most like: the least distance between landmarks once both are centred and of one size, so that a head turned or
+    bent like the source's counts, and not where it is. Size and place are those of all landmarks together.
+    """
+    if source_landmarks.shape != driving_landmarks.shape[1:]:
+        raise MediaError(f"source has {len(source_landmarks)} landmarks and driver {driving_landmarks.shape[1]}; use one landmarker for both")
+    source_place, source_size, source_shape = _normalised(source_landmarks)
+    places, sizes, shapes = _normalised(driving_landmarks)
+    best = np.argmin(np.square(shapes - source_shape).sum(axis=(1, 2)))
+    side = float(driving_crop.side * (source_size / sizes[best]).item())
+    within = (places[best, 0] - [driving_crop.x0, driving_crop.y0] + 0.5) / driving_crop.side  # 0..1 in the crop
+    x0, y0 = np.rint(source_place[0] + 0.5 - side * within).astype(int).tolist()
+    return Crop(x0, y0, max(round(side), 1))
+
+
+def apply_crop(frame: UInt8[np.ndarray, "H W 3"], crop: Crop, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """The crop as a square of `size` pixels; beyond the image its edge is repeated."""
+    rows = np.clip(np.arange(crop.y0, crop.y0 + crop.side), 0, frame.shape[0] - 1)
+    columns = np.clip(np.arange(crop.x0, crop.x0 + crop.side), 0, frame.shape[1] - 1)
+    return _resize(frame[rows[:, None], columns], size)
+
+
+def crop_landmarks(landmarks: Float32[np.ndarray, "*batch K 2"], crop: Crop, size: int) -> Float32[np.ndarray, "*batch K 2"]:
+    """Landmarks of the full image, in pixels of what `apply_crop` makes."""
+    corner = np.array([crop.x0, crop.y0]) - 0.5  # pixel centres are at integers, so the crop begins half a pixel earlier
+    return ((landmarks - corner) * (size / crop.side) - 0.5).astype(np.float32)
+
+
+def paste_back(source_full: UInt8[np.ndarray, "H W 3"], animated: UInt8[np.ndarray, "size size 3"], crop: Crop) -> UInt8[np.ndarray, "H W 3"]:
+    """`source_full` with `animated` in place of the crop, blended in along the crop's edges, except where they are the image's."""
+    height, width, _ = source_full.shape
+    alpha = np.outer(_ramp(crop.y0, crop.side, height), _ramp(crop.x0, crop.side, width))[..., None]
+    rows = slice(max(crop.y0, 0), max(min(crop.y0 + crop.side, height), 0))
+    columns = slice(max(crop.x0, 0), max(min(crop.x0 + crop.side, width), 0))
+    inside = slice(rows.start - crop.y0, rows.stop - crop.y0), slice(columns.start - crop.x0, columns.stop - crop.x0)
+    result = source_full.copy()
+    new, old = _resize(animated, crop.side)[inside], source_full[rows, columns]
+    result[rows, columns] = np.rint(old + alpha[inside] * (new.astype(np.float32) - old))
+    return result
+
+
+def find_face(image: UInt8[np.ndarray, "H W 3"], detector: Detector, *, face: int | None = None, name: str = "source") -> Float32[np.ndarray, "K 2"]:
+    """Landmarks of the largest face of an image, or of face number `face`, the largest being 0. `name` is for the MediaError."""
+    faces = detector(image)
+    if not len(faces):
+        raise MediaError(f"no face found in {name}: {ADVICE}")
+    return _nth_largest(faces, face, name)
+
+
+def track(
+    frames: Iterable[UInt8[np.ndarray, "H W 3"]],
+    detector: Detector,
+    *,
+    face: int | None = None,
+    fps: Fraction | float = 25,
+    name: str = "driving video",
+) -> Float32[np.ndarray, "N K 2"]:
+    """Landmarks of one face through a video: the largest (or number `face`) of the first frame that shows any, then the nearest.
+
+    Through at most LONGEST_GAP frames without it the last face is held; a longer gap is a MediaError that says when
+    (`fps` and `name` are for that message).
+    """
+    found: list[np.ndarray | None] = []
+    last = None
+    for frame in frames:
+        faces = detector(frame)
+        if last is None and len(faces):
+            found.append(_nth_largest(faces, face, f"frame {len(found)} of {name}"))
+        else:
+            found.append(_nearest(faces, last) if len(faces) else None)
+        last = found[-1] if found[-1] is not None else last
+    if last is None:
+        raise MediaError(f"no face found in {name}: {ADVICE}")
+    return smooth(np.stack(_hold(found, fps=fps, name=name)))
+
+
+def smooth(landmarks: Float32[np.ndarray, "N K 2"]) -> Float32[np.ndarray, "N K 2"]:
+    """Landmarks without the detector's jitter. A symmetric Gaussian over time, which delays nothing.
+
+    Place and size of the head, from its rigid points, move slowly, so they are smoothed over several frames, and boxes do not
+    shimmer. What is left, the expression, is fast: a kernel of mostly one frame keeps 79% of even a blink of one frame.
+    """
+    rigid = landmarks[:, _layout(landmarks).rigid]
+    place, size, _ = _normalised(rigid)
+    expression = gaussian_filter1d((landmarks - place) / size, EXPRESSION_SIGMA, axis=0, mode="nearest")
+    place, size = (gaussian_filter1d(x, HEAD_SIGMA, axis=0, mode="nearest") for x in (place, size))
+    return (expression * size + place).astype(np.float32)
+
+
+def make_detector(landmarker: str | os.PathLike | None) -> Detector:
+    """The detector for `landmarker`, or else for the environment's SVDP_FACE_LANDMARKER: a .task file (MediaPipe), a .npz file
+    (landmarks of each frame in turn); without either, the cascade."""
+    landmarker = landmarker or os.environ.get("SVDP_FACE_LANDMARKER")
+    if landmarker is None:
+        return cascade_detector()
+    match pathlib.Path(landmarker).suffix:
+        case ".task":
+            return mediapipe_detector(landmarker)
+        case ".npz":
+            return precomputed_detector(read_landmarks(landmarker))
+    raise MediaError(f"landmarker {landmarker}: must be a MediaPipe .task file or a .npz file of landmarks")
+
+
+def mediapipe_detector(task_path: str | os.PathLike, *, max_faces: int = 4) -> Detector:
+    """MediaPipe's Face Landmarker, 478 landmarks, each image on its own."""
+    if not os.path.isfile(task_path):
+        raise MediaError(f"landmarker {task_path}: does not exist; the README says where to get face_landmarker.task")
+    try:
+        # In a thread, because the import keeps its callers' variables alive, and a landmarker closed as late as that prints a traceback.
+        with ThreadPoolExecutor(1) as thread:
+            mp = thread.submit(importlib.import_module, "mediapipe").result()
+    except (ImportError, OSError) as error:
+        raise MediaError(f"a .task landmarker needs MediaPipe ({error}): pip install 'svdp_jax[face]'") from error
+    vision = mp.tasks.vision
+    options = vision.FaceLandmarkerOptions(base_options=mp.tasks.BaseOptions(model_asset_path=os.fspath(task_path)), num_faces=max_faces)
+    try:
+        landmarker = vision.FaceLandmarker.create_from_options(options)
+    except (RuntimeError, ValueError) as error:
+        raise MediaError(f"landmarker {task_path}: not a Face Landmarker model; download face_landmarker.task again") from error
+
+    def detect(image: np.ndarray) -> np.ndarray:
+        result = landmarker.detect(mp.Image(image_format=mp.ImageFormat.SRGB, data=np.ascontiguousarray(image)))
+        points = np.array([[(p.x, p.y) for p in face] for face in result.face_landmarks], np.float32).reshape(-1, 478, 2)
+        return points * np.float32([image.shape[1], image.shape[0]]) - np.float32(0.5)
+
+    return detect
+
+
+def precomputed_detector(landmarks: Float32[np.ndarray, "N K 2"]) -> Detector:
+    """The n-th call finds the n-th face of `landmarks`: for the frames of one video, from the first on."""
+    calls = itertools.count()
+
+    def detect(image: np.ndarray) -> np.ndarray:
+        number = next(calls)
+        if number >= len(landmarks):
+            raise MediaError(f"landmarks of {len(landmarks)} frames, and the video has more; compute them for the whole video")
+        return landmarks[number : number + 1]
+
+    return detect
+
+
+def cascade_detector() -> Detector:
+    """scikit-image's cascade of frontal faces, and in each face 68 landmarks where an average, still face has them."""
+    warnings.warn("no landmarker given: faces are found, expressions are not tracked; give face_landmarker.task (see README)", stacklevel=2)
+    cascade = Cascade(lbp_frontal_face_cascade_filename())
+    average = average_face()
+
+    def detect(image: np.ndarray) -> np.ndarray:
+        shrink = min(CASCADE_SIZE / max(image.shape[:2]), 1)
+        small = cv2.resize(image, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
+        longest = max(small.shape[:2])
+        hits = cascade.detect_multi_scale(small, scale_factor=1.2, step_ratio=1, min_size=(longest // 6, longest // 6), max_size=(longest, longest))
+        boxes: list[np.ndarray] = []  # x, y, side, largest first
+        for x, y, side in sorted(((hit["c"], hit["r"], hit["width"]) for hit in hits), key=lambda box: -box[2]):
+            middle = np.array([x, y]) + side / 2
+            if not any((box[:2] <= middle).all() and (middle <= box[:2] + box[2]).all() for box in boxes):  # else a second find of one face
+                boxes.append(np.array([x, y, side]))
+        faces = [(average * box[2] + box[:2]) / shrink - 0.5 for box in boxes]
+        return np.array(faces, np.float32).reshape(-1, 68, 2)
+
+    return detect
+
+
+def average_face() -> Float32[np.ndarray, "68 2"]:
+    """A frontal face at rest in iBUG's order, in sides of the box that the cascade puts around it."""
+
+    def arc(middle: tuple[float, float], radii: tuple[float, float], degrees: np.ndarray) -> np.ndarray:
+        angle = np.deg2rad(degrees)  # 0 is image right, 90 down
+        return np.stack([np.cos(angle), np.sin(angle)], axis=-1) * radii + middle
+
+    eye = np.array([180.0, 240, 300, 0, 60, 120])
+    points = [
+        arc((0.5, 0.40), (0.39, 0.63), np.linspace(180, 0, 17)),  # jaw
+        arc((0.30, 0.30), (0.12, 0.05), np.linspace(195, 345, 5)),  # brows
+        arc((0.70, 0.30), (0.12, 0.05), np.linspace(195, 345, 5)),
+        np.linspace([0.5, 0.38], [0.5, 0.63], 4),  # nose: bridge, then wings
+        arc((0.5, 0.63), (0.11, 0.04), np.linspace(180, 0, 5)),
+        arc((0.32, 0.39), (0.08, 0.03), eye),
+        arc((0.68, 0.39), (0.08, 0.03), eye),
+        arc((0.5, 0.78), (0.14, 0.05), np.arange(180.0, 540, 30)),  # lips: outer, then inner
+        arc((0.5, 0.78), (0.11, 0.015), np.arange(180.0, 540, 45)),
+    ]
+    return np.concatenate(points).astype(np.float32)
+
+
+def read_landmarks(path: str | os.PathLike) -> Float32[np.ndarray, "N K 2"]:
+    """The array `landmarks` of a .npz file; MediaError unless it is finite and of a shape that is known."""
+    try:
+        with np.load(path) as file:
+            landmarks = file["landmarks"].astype(np.float32)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise MediaError(f"landmarks {path}: not a .npz file with an array `landmarks` ({error})") from error
+    if landmarks.ndim != 3 or landmarks.shape[2] != 2 or not len(landmarks) or not np.isfinite(landmarks).all():
+        raise MediaError(f"landmarks {path}: array of shape {landmarks.shape}; must be finite numbers of shape [frames, 68 or 478, 2]")
+    _layout(landmarks)
+    return landmarks
+
+
+def write_landmarks(path: str | os.PathLike, landmarks: Float32[np.ndarray, "N K 2"]) -> None:
+    """Write the .npz file that `read_landmarks` reads."""
+    try:
+        with open(path, "wb") as file:
+            np.savez_compressed(file, landmarks=landmarks.astype(np.float32))
+    except OSError as error:
+        raise MediaError(f"landmarks {path}: cannot be written ({error.strerror})") from error
+
+
+def _hold(found: list[np.ndarray | None], *, fps: Fraction | float, name: str) -> list[np.ndarray]:
+    """`found` with each short gap filled by the face before it, a gap at the beginning by the first face."""
+    gaps, start = [], 0
+    for missing, run in itertools.groupby(found, key=lambda face: face is None):
+        stop = start + len(list(run))
+        if missing and stop - start > LONGEST_GAP:
+            gaps.append(f"{start} to {stop - 1} ({start / float(fps):.2f} to {(stop - 1) / float(fps):.2f} s)")
+        start = stop
+    if gaps:
+        raise MediaError(f"no face found in {name}, frames {', '.join(gaps)}: cut these parts out, or give landmarks of every frame (.npz)")
+    last = next(face for face in found if face is not None)
+    held = []
+    for face in found:
+        last = face if face is not None else last
+        held.append(last)
+    return held
+
+
+def _nth_largest(faces: np.ndarray, number: int | None, name: str) -> np.ndarray:
+    number = number or 0
+    if not 0 <= number < len(faces):
+        raise MediaError(f"face {number} asked for, and {name} shows {len(faces)}; use 0 (the largest) to {len(faces) - 1}")
+    return faces[np.argsort(-_side(face_box(faces)))[number]]
+
+
+def _nearest(faces: np.ndarray, last: np.ndarray) -> np.ndarray | None:
+    """The face nearest to the last one; None if it is further off than the last one's size, for then it is someone else's."""
+    boxes, box = face_box(faces), face_box(last)
+    distances = np.linalg.norm(boxes[:, :2] + boxes[:, 2:] - box[:2] - box[2:], axis=1) / 2
+    return faces[np.argmin(distances)] if distances.min() <= _side(box) else None
+
+
+def _normalised(landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Place [..., 1, 2], size [..., 1, 1] (root mean square distance from there), and landmarks free of both."""
+    place = landmarks.mean(axis=-2, keepdims=True)
+    size = np.sqrt(np.square(landmarks - place).sum(axis=-1, keepdims=True).mean(axis=-2, keepdims=True))
+    return place, size, (landmarks - place) / size
+
+
+def _ramp(start: int, side: int, length: int) -> np.ndarray:
+    """Weight of the crop along one axis [side]: rises from its edges to 1, but stays 1 up to an edge of the image."""
+    inwards = (np.arange(side, dtype=np.float32) + 0.5) / (FEATHER * side)
+    rise = inwards if start > 0 else np.ones_like(inwards)
+    fall = inwards[::-1] if start + side < length else np.ones_like(inwards)
+    return np.minimum(np.minimum(rise, fall), 1)
+
+
+def _resize(image: np.ndarray, size: int) -> np.ndarray:
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if image.shape[0] > size else cv2.INTER_CUBIC)
+
+
+def _layout(landmarks: np.ndarray) -> _Layout:
+    count = landmarks.shape[-2]
+    if count not in _LAYOUTS:
+        raise MediaError(f"{count} landmarks per face; give 68 (iBUG) or 478 (MediaPipe)")
+    return _LAYOUTS[count]
+
+
+def _extent(landmarks: np.ndarray, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    points = landmarks[..., indices, :]
+    return points.min(axis=-2), points.max(axis=-2)
+
+
+def _side(box: np.ndarray) -> np.ndarray:
+    return box[..., 2] - box[..., 0]

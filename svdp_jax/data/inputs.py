@@ -1,0 +1,88 @@
+"""A source picture and a driving video, as sampling wants them: faces found, cropped alike, the driver masked.
+
+    paths  ->  source [size,size,3], and driving frames [size,size,3] one at a time, black but for eyes, nose and mouth
+
+A driving video is read twice, first for its landmarks and then frame by frame, so that its length is no matter of memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from svdp_jax.config import DataConfig
+from svdp_jax.data import faces, video
+
+
+class Inputs(NamedTuple):
+    """What `prepare` has found out; no frame of the video is held."""
+
+    picture: UInt8[np.ndarray, "H W 3"]  # the whole source
+    crop: faces.Crop  # of the picture: what is animated
+    driver: pathlib.Path
+    driver_crop: faces.Crop  # one for the whole clip, so that the head moves in it
+    landmarks: Float32[np.ndarray, "N K 2"]  # in the driver's crop, in pixels of `size`
+    info: video.VideoInfo
+    size: int
+
+    @property
+    def source(self) -> UInt8[np.ndarray, "size size 3"]:
+        """The animated part of the picture."""
+        return faces.apply_crop(self.picture, self.crop, self.size)
+
+
+def prepare(
+    source: pathlib.Path,
+    driving: pathlib.Path,
+    data: DataConfig,
+    *,
+    landmarker: pathlib.Path | None = None,
+    face: int | None = None,
+    align: bool = True,
+    max_frames: int | None = None,
+) -> Inputs:
+    """Reads both, finds the faces and the crops. Raises MediaError for whatever is wrong with them.
+
+    Landmarks come from a `.npz` beside a file where there is one, else from `landmarker` (see `faces.make_detector`).
+    `align=False` takes the middle square of both as it is; the driver's landmarks are then for its mask alone.
+    """
+    picture = video.read_image(source)
+    info = video.probe(driving)
+    frames = itertools.islice(video.read_frames(driving), max_frames)
+    landmarks = faces.track(frames, _detector(driving, landmarker), face=face, fps=info.fps, name=str(driving))
+    if align:
+        driver_crop = faces.driving_crop(landmarks, scale=data.face_scale)
+        found = faces.find_face(picture, _detector(source, landmarker), face=face, name=str(source))
+        crop = faces.source_crop(found, landmarks, driver_crop)
+    else:
+        driver_crop, crop = middle_square(info.width, info.height), middle_square(picture.shape[1], picture.shape[0])
+    return Inputs(picture, crop, driving, driver_crop, faces.crop_landmarks(landmarks, driver_crop, data.size), info, data.size)
+
+
+def driver_frames(inputs: Inputs) -> Iterator[UInt8[np.ndarray, "size size 3"]]:
+    """The driver's frames in its crop, unmasked."""
+    for frame in itertools.islice(video.read_frames(inputs.driver), len(inputs.landmarks)):
+        yield faces.apply_crop(frame, inputs.driver_crop, inputs.size)
+
+
+def masked_frames(inputs: Inputs, data: DataConfig) -> Iterator[UInt8[np.ndarray, "size size 3"]]:
+    """The driver's frames as the model sees them."""
+    boxes = faces.regions(inputs.landmarks, margin=data.region_margin)
+    for frame, box in zip(driver_frames(inputs), boxes, strict=True):
+        yield faces.mask_frames(frame[None], box[None])[0]
+
+
+def middle_square(width: int, height: int) -> faces.Crop:
+    """The largest square in the middle of a frame."""
+    side = min(width, height)
+    return faces.Crop((width - side) // 2, (height - side) // 2, side)
+
+
+def _detector(path: pathlib.Path, landmarker: pathlib.Path | None) -> faces.Detector:
+    beside = path.with_suffix(".npz")
+    return faces.make_detector(landmarker if landmarker is not None or not beside.is_file() else beside)

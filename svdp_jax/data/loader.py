@@ -1,0 +1,192 @@
+"""From clips to batches: windows, source frames and masked driving frames, in an order that never depends on the machine.
+
+In: a record dataset (`data/clips.py`). Out: `types.Batch` of uint8 arrays, target and driving [B,F,H,W,3], history
+[B,P,H,W,3], source [B,H,W,3].
+
+Sample i, counted from the start of training over all processes, is a function of (seed, i) alone, and global batch k
+holds the samples k*B .. (k+1)*B - 1. So the state of the data is one integer, the step, and neither threads, nor
+workers, nor the number of processes change what is learned from.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import sys
+import weakref
+from collections.abc import Generator
+
+import cv2
+import grain
+import numpy as np
+from absl import flags
+from jaxtyping import Float, UInt8
+
+from svdp_jax.config import ConfigError, DataConfig
+from svdp_jax.data import clips as clips_lib
+from svdp_jax.data import faces, video
+from svdp_jax.types import Batch
+
+ATTEMPTS = 16  # records tried for one sample; if all are bad, so is the dataset
+
+Frame = UInt8[np.ndarray, "H W 3"]
+Frames = UInt8[np.ndarray, "N H W 3"]
+
+_log = logging.getLogger(__name__)
+
+
+def batches(
+    data: DataConfig,
+    *,
+    split: str,
+    seed: int,
+    batch: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 2,
+) -> Generator[Batch, None, None]:
+    """Batches of `split` from step `start_step` on, without end; epochs follow each other, each in its own order.
+
+    `batch` counts the samples of a step over all processes; this one gets its share, samples
+    [process_index * batch / process_count, ...) of each. `threads` threads decode ahead, or `data.workers` processes if
+    there are any (then the caller's script needs `if __name__ == "__main__"`). `close()` ends them.
+
+    No dataset, or one that does not suit `data`, or a batch that cannot be divided: ConfigError, before any batch."""
+    if batch % process_count:
+        raise ConfigError(f"train.batch={batch} must be a multiple of the number of processes, {process_count}")
+    if not data.path:
+        raise ConfigError(f"data.path is not set; {clips_lib.MAKE.format('DIR')}, then set data.path=DIR")
+    clips = clips_lib.open_clips(data.path, split=split)
+    _check_first(clips, data)
+    share = batch // process_count
+    make = Samples(clips, data, seed=seed)
+
+    def at_step(step: int) -> Batch:
+        first = step * batch + process_index * share
+        return Batch(*map(np.stack, zip(*(make(first + i) for i in range(share)), strict=True)))
+
+    dataset = grain.MapDataset.range(start_step, sys.maxsize).map(at_step)
+    if data.workers == 0:
+        ahead = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+    else:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain reads absl's flags, which only absl's own main would have parsed
+        ahead = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+        ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2))
+    stream = _stream(iter(ahead))
+    atexit.register(_close, weakref.ref(stream))
+    return stream
+
+
+def _stream(iterator: grain.DatasetIterator[Batch]) -> Generator[Batch, None, None]:
+    try:
+        for batch in iterator:
+            yield Batch(*map(np.array, batch))  # a copy: workers' arrays lie in shared memory, which ends with them
+    finally:
+        iterator.close()
+
+
+def _close(stream: weakref.ref[Generator[Batch, None, None]]) -> None:
+    """At exit the threads and processes of a stream still in use end here, while the modules they need are there."""
+    if (alive := stream()) is not None:
+        alive.close()
+
+
+class Samples:
+    """Sample i of training with `seed`, as a Batch without its first axis."""
+
+    def __init__(self, clips: clips_lib.Clips, data: DataConfig, *, seed: int):
+        self.clips = clips
+        self.data = data
+        self.seed = seed
+        self.bad: set[int] = set()
+
+    def __call__(self, index: int) -> Batch:
+        epoch, position = divmod(index, len(self.clips))
+        number = int(_order(self.seed, epoch, len(self.clips))[position])
+        rng = np.random.default_rng((self.seed, 1, index))
+        for _ in range(ATTEMPTS):
+            try:
+                clip = self.clips[number]
+                _check_clip(clip, self.data)
+            except (video.MediaError, ConfigError) as error:
+                self._warn(number, error)
+                number = int(rng.integers(len(self.clips)))
+            else:
+                return cut(clip, self.data, rng=rng)
+        raise video.MediaError(f"sample {index}: {ATTEMPTS} records of {self.clips.path} in a row cannot be used; make the dataset again")
+
+    def _warn(self, number: int, error: Exception) -> None:
+        if number not in self.bad:
+            self.bad.add(number)
+            _log.warning("bad record replaced by another one (%d bad so far): %s", len(self.bad), error)
+
+
+def cut(clip: clips_lib.Clip, data: DataConfig, *, rng: np.random.Generator) -> Batch:
+    """One sample: history [P,H,W,3], then target and driving [F,H,W,3], consecutive; source [H,W,3] from anywhere else."""
+    span = data.history + data.frames
+    start = int(rng.integers(len(clip.target) - span + 1))
+    first = start + data.history
+    source = int(rng.integers(len(clip.target) - span))
+    source += span if source >= start else 0  # the window is not there to choose from
+    window = slice(first, start + span)
+    return Batch(
+        target=_resize(clip.target[window], data.size),
+        history=_resize(clip.target[start:first], data.size),
+        source=_resize(clip.target[source : source + 1], data.size)[0],
+        driving=_driving(clip.driver[window], clip.driver_landmarks[window], data),
+    )
+
+
+def whole_clip(clip: clips_lib.Clip, data: DataConfig) -> tuple[Frame, Frames, Frames]:
+    """Source, driving and target of a whole clip, for sampling: the source is its last frame, N are all the others."""
+    source = _resize(clip.target[-1:], data.size)[0]
+    driving = _driving(clip.driver[:-1], clip.driver_landmarks[:-1], data)
+    return source, driving, _resize(clip.target[:-1], data.size)
+
+
+def _driving(frames: Frames, landmarks: Float[np.ndarray, "N K 2"], data: DataConfig) -> Frames:
+    # Masked at the size the model sees: a resized mask would have soft edges, and leak.
+    scale = data.size / frames.shape[1]
+    landmarks = (landmarks + 0.5) * scale - 0.5  # pixel centres are integers
+    return faces.mask_frames(_resize(frames, data.size), faces.regions(landmarks, margin=data.region_margin))
+
+
+def _resize(frames: Frames, size: int) -> Frames:
+    if frames.shape[1] == size:
+        return frames
+    shrunk = np.empty((len(frames), size, size, 3), np.uint8)
+    for frame, out in zip(frames, shrunk, strict=True):
+        cv2.resize(frame, (size, size), dst=out, interpolation=cv2.INTER_AREA)
+    return shrunk
+
+
+@functools.lru_cache(maxsize=4)  # prefetching threads may stand on both sides of the end of an epoch
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, 0, epoch)).permutation(count)
+
+
+def _check_first(clips: clips_lib.Clips, data: DataConfig) -> None:
+    """Most often a dataset is wrong as a whole: then the first readable clip shows it."""
+    for number in range(min(len(clips), ATTEMPTS)):
+        try:
+            clip = clips[number]
+        except video.MediaError as error:
+            last = error
+            continue
+        return _check_clip(clip, data)
+    raise ConfigError(f"data {data.path}: none of the first records can be read ({last}); {clips_lib.MAKE.format(data.path)}")
+
+
+def _check_clip(clip: clips_lib.Clip, data: DataConfig) -> None:
+    frames, size = clip.target.shape[:2]
+    name, needed = f"clip {clip.id} of {data.path}", data.history + data.frames + 1
+    if frames < needed:
+        window = f"data.history={data.history}, data.frames={data.frames} and a source"
+        raise ConfigError(f"{name} has {frames} frames; {window} need {needed}")
+    if size < data.size:
+        raise ConfigError(f"{name} has frames of {size} pixels; data.size={data.size} must not be larger")
+    if abs(clip.fps - data.fps) > 0.01:
+        raise ConfigError(f"{name} has {clip.fps:g} frames per second; set data.fps to that, or make clips of data.fps={data.fps:g}")

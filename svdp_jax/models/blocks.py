@@ -1,0 +1,147 @@
+"""The two blocks of the model: the temporal block across frames, and SD3.5's joint image-text block within a frame.
+
+    for each of `depth` layers:   z, history = temporal(z, history)         SVDP, "Full-video attention"
+                                  text, image = joint(text, image)          each frame by itself
+                                  text', history = joint(text', history)    the same weights, modulated as clean (t = 0)
+
+`image` is [z, source, driving] or a prefix of it, [B, F, S z + S source + S driving, D].
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from svdp_jax.config import ModelConfig
+from svdp_jax.models.attention import Backend, attention
+from svdp_jax.models.layers import MLP, QKV, Modulation, Output, layer_norm, modulate
+
+Kind = Literal["dual", "plain", "last"]
+
+
+class Streams(NamedTuple):
+    """What a layer updates. History is None where a pass has none."""
+
+    text: Float[Array, "B F T D"]
+    image: Float[Array, "B F _ D"]
+    history_text: Float[Array, "B P T D"] | None
+    history: Float[Array, "B P S D"] | None
+
+
+class Shared(NamedTuple):
+    """What all layers see alike."""
+
+    c: Float[Array, "B D"]  # time and text, of the noisy frames
+    c_history: Float[Array, "B D"] | None  # the same at t = 0
+    frame_code: Float[Array, "F D"]
+    history_code: Float[Array, "P D"] | None
+    kept_tokens: Int[Array, "B"] | None  # image tokens of a frame that count; None: all
+    kept_in_time: Int[Array, "B"] | None  # keys of [z, history] that count; None: all
+
+
+class TemporalBlock(nn.Module):
+    """Attention of z over the z tokens of all frames and the tokens of history; source and driving take no part.
+
+    `full`: every token of every frame attends to every other. `factorized`: a token attends only to its own place in
+    other frames (the paper's ablation).
+    """
+
+    config: ModelConfig
+    backend: Backend
+    update_history: bool  # whether history tokens ask, too
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "B F S D"], history: Float[Array, "B P S D"] | None, shared: Shared):
+        config, frames, tokens = self.config, z.shape[1], z.shape[2]
+        modulation = Modulation(config, chunks=3, gate=(2, config.temporal_gate), name="modulation")
+        shift, scale, gate = modulation(shared.c)
+        joined = modulate(layer_norm(z), shift, scale) + shared.frame_code[:, None]
+        if history is not None:
+            shift, scale, history_gate = modulation(shared.c_history)
+            clean = modulate(layer_norm(history), shift, scale) + shared.history_code[:, None]
+            joined = jnp.concatenate([joined, clean], axis=1)  # [B, F+P, S, D]
+        q, k, v = QKV(config, name="qkv")(joined.astype(config.dtype))
+        if not self.update_history:
+            q = q[:, :frames]
+
+        kept = shared.kept_in_time
+        if config.temporal == "factorized":
+            q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # [B, S, F+P, N, H]
+            out = attention(q, k, v, None if kept is None else kept // tokens, backend=self.backend)
+            out = jnp.swapaxes(out, 1, 2)
+        else:
+            asking = q.shape
+            q, k, v = (x.reshape(x.shape[0], 1, -1, *x.shape[3:]) for x in (q, k, v))  # [B, 1, (F+P)*S, N, H]
+            out = attention(q, k, v, kept, backend=self.backend).reshape(asking)
+        out = Output(config, name="out")(out)
+
+        z = (z + gate * out[:, :frames]).astype(z.dtype)
+        if history is not None and self.update_history:
+            history = (history + history_gate * out[:, frames:]).astype(history.dtype)
+        return z, history
+
+
+class JointBlock(nn.Module):
+    """SD3.5's MMDiT-X block on each frame by itself.
+
+    `dual` has a second attention among the image tokens alone; in `last` the text only gives keys and values (its
+    queries and their norm exist because the pretrained model has them; nothing depends on them).
+    """
+
+    config: ModelConfig
+    kind: Kind
+    backend: Backend
+
+    @nn.compact
+    def __call__(self, text: Float[Array, "B F T D"], image: Float[Array, "B F S D"], c: Float[Array, "B D"], kept: Int[Array, "B"] | None):
+        config, last, words = self.config, self.kind == "last", text.shape[2]
+        image_mod = Modulation(config, chunks=9 if self.kind == "dual" else 6, name="image_modulation")(c)
+        text_mod = Modulation(config, chunks=2 if last else 6, name="text_modulation")(c)
+
+        normed = layer_norm(image)
+        image_qkv = QKV(config, name="image_qkv")(modulate(normed, *image_mod[:2]).astype(config.dtype))
+        text_qkv = QKV(config, name="text_qkv")(modulate(layer_norm(text), *text_mod[:2]).astype(config.dtype))
+        q, k, v = (jnp.concatenate(pair, axis=2) for pair in zip(text_qkv, image_qkv))  # [B, F, T+S, N, H]
+        out = attention(image_qkv[0] if last else q, k, v, None if kept is None else kept + words, backend=self.backend)
+        image_out = out if last else out[:, :, words:]
+
+        update = image_mod[2] * Output(config, name="image_out")(image_out)
+        if self.kind == "dual":
+            q, k, v = QKV(config, name="image_qkv2")(modulate(normed, *image_mod[6:8]).astype(config.dtype))
+            update += image_mod[8] * Output(config, name="image_out2")(attention(q, k, v, kept, backend=self.backend))
+        image = _feed_forward(config, (image + update).astype(image.dtype), *image_mod[3:6], name="image_mlp")
+        if not last:
+            text = (text + text_mod[2] * Output(config, name="text_out")(out[:, :, :words])).astype(text.dtype)
+            text = _feed_forward(config, text, *text_mod[3:6], name="text_mlp")
+        return text, image
+
+
+def _feed_forward(config: ModelConfig, x: Float[Array, "B F S D"], shift, scale, gate, *, name: str) -> Float[Array, "B F S D"]:
+    out = MLP(config, name=name)(modulate(layer_norm(x), shift, scale).astype(config.dtype))
+    return (x + gate * out).astype(x.dtype)
+
+
+class Layer(nn.Module):
+    """A temporal block and the joint block behind it. Returns (streams, None), as `nn.scan` wants it."""
+
+    config: ModelConfig
+    kind: Kind
+    tokens: int  # per image, S
+    backend: Backend
+
+    @nn.compact
+    def __call__(self, streams: Streams, shared: Shared) -> tuple[Streams, None]:
+        text, image, history_text, history = streams
+        tokens = self.tokens
+        temporal = TemporalBlock(self.config, self.backend, update_history=self.kind != "last", name="temporal")
+        z, history = temporal(image[:, :, :tokens], history, shared)
+        image = jnp.concatenate([z, image[:, :, tokens:]], axis=2)
+
+        joint = JointBlock(self.config, self.kind, self.backend, name="joint")
+        text, image = joint(text, image, shared.c, shared.kept_tokens)
+        if history is not None and self.kind != "last":
+            history_text, history = joint(history_text, history, shared.c_history, None)
+        return Streams(text, image, history_text, history), None

@@ -1,0 +1,138 @@
+"""The network: noisy latents, conditions and noise level to the network's output (velocity or x0), and nothing else.
+
+    z [B, F, h, w, C], t [B], Conditions, Constants  ->  [B, F, h, w, C]
+
+Trunk: Stable Diffusion 3.5 Medium's MMDiT-X. New: a temporal block before each joint block and the frame encoding
+(SVDP, "Method"). Layers of one kind are scanned; the only call outside a scan is the last one.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from svdp_jax.config import ModelConfig
+from svdp_jax.models import tokens
+from svdp_jax.models.attention import Backend
+from svdp_jax.models.blocks import Kind, Layer, Shared, Streams
+from svdp_jax.models.layers import Modulation, dense, layer_norm, modulate, sinusoid
+from svdp_jax.types import Conditions, Constants
+
+TIME_FREQUENCIES = 128
+TIME_SCALE = 1000.0  # the network's clock, per unit of t
+
+
+def layer_groups(config: ModelConfig) -> list[tuple[Kind, int]]:
+    """Runs of equal layers, in order: (kind, how many)."""
+    runs = [("dual", config.dual_blocks), ("plain", config.depth - config.dual_blocks - 1), ("last", 1)]
+    return [(kind, count) for kind, count in runs if count]
+
+
+class Embedding(nn.Module):
+    """Linear, SiLU, Linear: the shape of the time, pooled-text and frame-number embeddings."""
+
+    config: ModelConfig
+    source: str  # name of the input's axis
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*lead E"]) -> Float[Array, "*lead D"]:
+        x = dense(self.config.width, (self.source, "hidden"), dtype=self.dtype, name="wide")(x)
+        return dense(self.config.width, ("hidden", "embed"), dtype=self.dtype, name="out")(nn.silu(x))
+
+
+class Transformer(nn.Module):
+    """See the module's docstring. `remat="full"` recomputes each layer in the backward pass."""
+
+    config: ModelConfig
+    backend: Backend = "auto"
+    remat: Literal["none", "full"] = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        z: Float[Array, "B F h w C"],
+        t: Float[Array, "B"],
+        conditions: Conditions,
+        constants: Constants,
+        *,
+        frame_numbers: Float[Array, "F"] | None = None,
+    ) -> Float[Array, "B F h w C"]:
+        """`t` in [0, 1], 1 is noise. Frames are numbered 0..F-1 unless told otherwise; history is -P..-1."""
+        config = self.config
+        batch, frames, height, width, _ = z.shape
+        if config.dropped == "zero":
+            conditions = tokens.zero_dropped(conditions)
+        source, driving, history, level = conditions
+        if driving is not None and source is None:
+            raise ValueError("driving frames without a source: the levels of conditioning are nested (nothing, source, driving, history)")
+        positions = constants.positions.astype(config.dtype)
+        count = positions.shape[1]  # S
+
+        # Latents to tokens, told apart by their positions alone.
+        patches = dense(config.width, ("patch", "embed"), dtype=config.dtype, name="patches")
+        embed = lambda latents: patches(tokens.patchify(latents, config.patch))
+        image = [embed(z) + positions[0]]
+        if source is not None:
+            image.append(jnp.broadcast_to((embed(source) + positions[1])[:, None], image[0].shape))
+        if driving is not None:
+            image.append(embed(driving) + positions[2])
+        image = jnp.concatenate(image, axis=2)  # [B, F, S | 2S | 3S, D]
+        words = dense(config.width, ("text", "embed"), dtype=config.dtype, name="text")(constants.text)
+        text = jnp.broadcast_to(words, (batch, frames, *words.shape))
+
+        # Time, pooled text and frame numbers, in float32.
+        embed_time = Embedding(config, "time", "float32", name="time")
+        pooled = Embedding(config, "pooled", "float32", name="pooled")(constants.pooled)
+        clock = lambda t: embed_time(sinusoid(TIME_SCALE * t, TIME_FREQUENCIES)) + pooled
+        embed_frame = Embedding(config, "time", "float32", name="frame_encoding")
+        number = lambda numbers: embed_frame(sinusoid(numbers, config.frame_frequencies))
+        shared = Shared(
+            c=clock(t),
+            c_history=None,
+            frame_code=number(jnp.arange(frames) if frame_numbers is None else frame_numbers),
+            history_code=None,
+            kept_tokens=None if level is None else tokens.kept_tokens(level, count),
+            kept_in_time=None if level is None else tokens.kept_in_time(level, frames, 0 if history is None else history.shape[1], count),
+        )
+        streams = Streams(text, image, None, None)
+        if history is not None:
+            past = history.shape[1]
+            shared = shared._replace(c_history=clock(jnp.zeros_like(t)), history_code=number(jnp.arange(-past, 0)))
+            streams = streams._replace(history_text=text[:, :1].repeat(past, axis=1), history=embed(history) + positions[0])
+
+        for kind, layers in layer_groups(config):
+            layer = Layer if self.remat == "none" else nn.remat(Layer, prevent_cse=False)
+            if kind != "last":
+                layer = nn.scan(
+                    layer,
+                    variable_axes={"params": 0},
+                    split_rngs={"params": True},
+                    in_axes=nn.broadcast,
+                    length=layers,
+                    metadata_params={nn.PARTITION_NAME: "layers"},
+                )
+            streams, _ = layer(config, kind, count, self.backend, name=kind)(streams, shared)
+
+        out = layer_norm(streams.image[:, :, :count])
+        shift, scale = Modulation(config, chunks=2, name="final_modulation")(shared.c)
+        head = dense(config.patch**2 * config.latent_channels, ("embed", "patch"), dtype=config.dtype, zero=True, name="final")
+        out = head(modulate(out, shift, scale).astype(config.dtype)).astype(jnp.float32)
+        return tokens.unpatchify(out, config.patch, height, width)
+
+
+def abstract_inputs(config: ModelConfig, *, batch: int, frames: int, history: int, height: int, width: int):
+    """Shapes of every argument of the network, for initialising and for lowering: (z, t, Conditions, Constants)."""
+    array = jax.ShapeDtypeStruct
+    latents = lambda *lead: array((*lead, height, width, config.latent_channels), jnp.float32)
+    positions = (3, (height // config.patch) * (width // config.patch), config.width)
+    return (
+        latents(batch, frames),
+        array((batch,), jnp.float32),
+        Conditions(latents(batch), latents(batch, frames), latents(batch, history) if history else None),
+        Constants(array(positions, jnp.float32), array((config.text_tokens, config.text_width), jnp.float32), array((config.pooled_width,), jnp.float32)),
+    )
