@@ -99,15 +99,18 @@ def main(flags: Flags) -> None:
     # ------------------------------------------------------------------------------------------------------------ write
     writing = time.perf_counter()
     made = {
-        "comment": "synthesised: this video shows events that did not happen",
-        "software": f"svdp_jax {svdp_jax.__version__}",
+        "note": "synthesised: this video shows events that did not happen",
+        "version": f"svdp_jax {svdp_jax.__version__}",
         "checkpoint": checkpoint.fingerprint(flags.checkpoint),
     }
+    metadata = {"title": name, "comment": "; ".join([made["note"], made["version"], f"checkpoint {made['checkpoint']}"])}
     written = [flags.output / f"{name}.mp4"]
-    video.write_video(written[0], whole_pictures(saved(finished), prepared, paste_back=flags.paste_back), fps=prepared.info.fps, audio_from=driving, metadata=made)
+    pictures = whole_pictures(saved(finished), prepared, paste_back=flags.paste_back)
+    video.write_video(written[0], pictures, fps=prepared.info.fps, audio_from=driving, metadata=metadata)
     if flags.concat:
         written.append(flags.output / f"{name}_concat.mp4")
-        video.write_video(written[1], side_by_side(saved(finished), prepared), fps=prepared.info.fps, audio_from=driving, metadata=made)
+        pictures = side_by_side(saved(finished), prepared)
+        video.write_video(written[1], pictures, fps=prepared.info.fps, audio_from=driving, metadata=metadata)
     done = time.perf_counter()
     record = made | {
         "source": source.name,

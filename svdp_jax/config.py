@@ -59,15 +59,12 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of matrix products; norms, softmax and flow are float32
 
     def __post_init__(self):
-        _positive(
-            self,
-            "width depth heads mlp_ratio patch latent_channels text_tokens text_width pooled_width table_size frame_frequencies",
-        )
+        _positive(self, "width depth heads mlp_ratio patch latent_channels text_tokens text_width pooled_width table_size")
+        _positive(self, "frame_frequencies position_step")
         _choices(self)
         _check(self.width % self.heads == 0, "model.heads", self.heads, f"must divide model.width={self.width}")
         _check(self.width % 4 == 0, "model.width", self.width, "must be a multiple of 4 (two axes, sine and cosine)")
         _check(0 <= self.dual_blocks < self.depth, "model.dual_blocks", self.dual_blocks, "must be at least 0 and less than model.depth (the last block is plain)")
-        _check(self.position_step > 0, "model.position_step", self.position_step, "must be positive")
 
     @property
     def head_size(self) -> int:
@@ -106,17 +103,18 @@ class DataConfig:
     path: str = ""  # directory of a record dataset (see data/clips.py)
     size: int = 576  # pixels, height and width of a frame
     frames: int = 16  # F, frames of a window
-    history: int = 3  # F', frames of the last window that the next one sees
+    history: int = 3  # F', frames of the last window that the next one sees; 0: windows know nothing of each other
     fps: float = 25.0
     face_scale: float = 2.3  # side of the crop, in sides of the face box
     region_margin: float = 0.06  # around eyes, nose and mouth, in sides of the face box
     workers: int = 0  # processes that decode; 0 uses threads
+    cache: bool = False  # keep decoded clips in memory: for data sets that fit
 
     def __post_init__(self):
-        _positive(self, "size frames history fps face_scale")
+        _positive(self, "size frames fps face_scale")
         _check(self.region_margin >= 0, "data.region_margin", self.region_margin, "must not be negative")
         _check(self.workers >= 0, "data.workers", self.workers, "must not be negative")
-        _check(self.history < self.frames, "data.history", self.history, f"must be less than data.frames={self.frames}: history comes from one window")
+        _check(0 <= self.history < self.frames, "data.history", self.history, f"must be 0 to {self.frames - 1}: history comes from one window")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,5 +114,5 @@ def roll_out(
     for window, frames in enumerate(driving):
         conditions = Conditions(source, frames, past)
         z = sample_window(model, params, constants, conditions, jax.random.fold_in(key, window), sample=sample, history=history, progress=progress)
-        past = z[:, -history:]
+        past = z[:, -history:] if history else None
         yield z

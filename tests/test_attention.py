@@ -60,13 +60,18 @@ def expected(q, k, v, cotangent, lengths=None):
 
 @pytest.mark.parametrize(
     "backend, queries, keys, lengths",
-    [(backend, *shape, lengths) for backend in ("plain", "chunked") for shape in [(17, 23), (40, 23), (1, 24)] for lengths in [None, (1, 20)]]
+    [
+        (backend, *shape, lengths)
+        for backend in ("plain", "chunked")
+        for shape in [(17, 23), (40, 23), (1, 24)]
+        for lengths in [None, (1, 20)]
+    ]
     + [("pallas", 140, 130, (1, 130))],  # padded to two blocks each
 )
 def test_output_and_gradients_are_those_of_softmax_attention(backend, queries, keys, lengths):
     arrays = inputs(queries=queries, keys=keys)
     lengths = None if lengths is None else jnp.array(lengths)
-    for got, want in zip(run(*arrays, lengths, backend=backend), expected(*arrays, lengths)):
+    for got, want in zip(run(*arrays, lengths, backend=backend), expected(*arrays, lengths), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -78,7 +83,7 @@ def test_keys_beyond_the_length_change_no_bit_and_get_no_gradient(backend):
     beyond = (jnp.arange(23) >= lengths[:, None])[:, None, :, None, None]
     for garbage in (1e4, 3e38, np.nan):
         dirty = run(q, jnp.where(beyond, garbage, k), jnp.where(beyond, -garbage, v), cotangent, lengths, backend=backend)
-        for got, want in zip(dirty, clean):
+        for got, want in zip(dirty, clean, strict=True):
             np.testing.assert_array_equal(got, want)
     for gradient in clean[2:]:
         assert not np.any(np.where(beyond, gradient, 0)) and np.any(gradient[:, :, 0])
@@ -89,7 +94,7 @@ def test_groups_do_not_see_each_other(backend):
     arrays = inputs()
     moved = [x.at[:, 1].add(1.0).at[:, 1, 0].mul(3.0) for x in arrays]
     lengths = jnp.array([1, 20])
-    for before, after in zip(run(*arrays, lengths, backend=backend), run(*moved, lengths, backend=backend)):
+    for before, after in zip(run(*arrays, lengths, backend=backend), run(*moved, lengths, backend=backend), strict=True):
         np.testing.assert_array_equal(before[:, 0], after[:, 0])
         assert not np.allclose(before[:, 1], after[:, 1])
 
@@ -107,7 +112,7 @@ def test_bfloat16_loses_no_more_than_its_roundings(backend, lengths):
     assert out.dtype == jnp.bfloat16
     limit = 2**-8 * np.abs(want) + 1e-5 if backend == "plain" else 2 * 2**-8 * sizes
     assert np.all(np.abs(np.asarray(out, np.float64) - want) <= limit)
-    for got, want in zip(gradients, exact):
+    for got, want in zip(gradients, exact, strict=True):
         assert got.dtype == jnp.bfloat16
         assert np.linalg.norm(np.asarray(got, np.float64) - want) <= 2 * 2**-8 * np.linalg.norm(want)
 

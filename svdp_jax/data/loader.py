@@ -102,6 +102,7 @@ class Samples:
         self.data = data
         self.seed = seed
         self.bad: set[int] = set()
+        self.read = functools.cache(self._read) if data.cache else self._read
 
     def __call__(self, index: int) -> Batch:
         epoch, position = divmod(index, len(self.clips))
@@ -109,14 +110,18 @@ class Samples:
         rng = np.random.default_rng((self.seed, 1, index))
         for _ in range(ATTEMPTS):
             try:
-                clip = self.clips[number]
-                _check_clip(clip, self.data)
+                clip = self.read(number)
             except (video.MediaError, ConfigError) as error:
                 self._warn(number, error)
                 number = int(rng.integers(len(self.clips)))
             else:
                 return cut(clip, self.data, rng=rng)
         raise video.MediaError(f"sample {index}: {ATTEMPTS} records of {self.clips.path} in a row cannot be used; make the dataset again")
+
+    def _read(self, number: int) -> clips_lib.Clip:
+        clip = self.clips[number]
+        _check_clip(clip, self.data)
+        return clip
 
     def _warn(self, number: int, error: Exception) -> None:
         if number not in self.bad:

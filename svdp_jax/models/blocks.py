@@ -104,7 +104,7 @@ class JointBlock(nn.Module):
         normed = layer_norm(image)
         image_qkv = QKV(config, name="image_qkv")(modulate(normed, *image_mod[:2]).astype(config.dtype))
         text_qkv = QKV(config, name="text_qkv")(modulate(layer_norm(text), *text_mod[:2]).astype(config.dtype))
-        q, k, v = (jnp.concatenate(pair, axis=2) for pair in zip(text_qkv, image_qkv))  # [B, F, T+S, N, H]
+        q, k, v = (jnp.concatenate(pair, axis=2) for pair in zip(text_qkv, image_qkv, strict=True))  # [B, F, T+S, N, H]
         out = attention(image_qkv[0] if last else q, k, v, None if kept is None else kept + words, backend=self.backend)
         image_out = out if last else out[:, :, words:]
 

@@ -1,0 +1,395 @@
+"""The network's properties, on parameters of which none is zero (see `conftest.redrawn`), except for those at initialisation."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, draw_inputs, redrawn
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from svdp_jax import train_state
+from svdp_jax.config import Config, ModelConfig
+from svdp_jax.models import tokens
+from svdp_jax.models.blocks import JointBlock, Layer, Shared, Streams, TemporalBlock
+from svdp_jax.models.layers import Modulation, layer_norm, rms_norm, sinusoid
+from svdp_jax.models.transformer import Transformer, layer_groups
+from svdp_jax.types import Conditions
+
+MODEL, CONFIG = Transformer(TINY.model), TINY.model
+BATCH, FRAMES, PAST, SIDE = 4, 3, 2, 4  # of the inputs; 2 x 2 tokens
+LEVELS = range(4)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, params, z, t, conditions, constants, frame_numbers=None):
+    return model.apply({"params": params}, z, t, conditions, constants, frame_numbers=frame_numbers)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def output_and_gradient(model, params, z, t, conditions, constants, weights):
+    """The output, and the gradient of its product with `weights` by parameters, z and signals."""
+
+    def product(params, z, signals):
+        output = model.apply({"params": params}, z, t, Conditions(*signals, conditions.level), constants)
+        return (output * weights).sum(), output
+
+    (_, output), gradient = jax.value_and_grad(product, argnums=(0, 1, 2), has_aux=True)(params, z, tuple(conditions[:3]))
+    return output, gradient
+
+
+class Network(NamedTuple):
+    params: Any
+    z: jax.Array
+    t: jax.Array
+    conditions: Conditions
+    constants: Any
+    weights: jax.Array
+    passes: list  # per level, (output, gradient) where signals above it are left out
+
+
+def run_pass(model, params, inputs, level, weights):
+    z, t, conditions, constants = inputs
+    return output_and_gradient(model, params, z, t, tokens.at_level(conditions, level, dropped="omit"), constants, weights)
+
+
+@pytest.fixture(scope="module")
+def network(fresh_params):
+    """Inputs, and each level's pass over all of them. Sample b's gradient is that of level b."""
+    params = redrawn(fresh_params)
+    inputs = draw_inputs(CONFIG, batch=BATCH, frames=FRAMES, history=PAST, height=SIDE, width=SIDE)
+    weights = jnp.asarray(np.random.default_rng(3).normal(size=inputs[0].shape), jnp.float32)
+    passes = [run_pass(MODEL, params, inputs, level, weights * only(level)) for level in LEVELS]
+    for level in LEVELS[1:]:
+        assert np.abs(passes[level][0] - passes[level - 1][0]).max() > 1e-2, f"level {level} does nothing: all below would prove nothing"
+    return Network(params, *inputs, weights, passes)
+
+
+def only(sample):
+    return (jnp.arange(BATCH) == sample)[:, None, None, None, None]
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    """Equal up to float32's rounding, by the largest entry of each array."""
+    for (path, one), (_, other) in zip(*(jax.tree_util.tree_leaves_with_path(tree) for tree in (ours, theirs)), strict=True):
+        limit = tolerance * max(1, np.abs(other).max())
+        np.testing.assert_allclose(one, other, rtol=0, atol=limit, err_msg=jax.tree_util.keystr(path))
+
+
+# ------------------------------------------------------------------------------------------------- by hand, without scans
+
+
+def linear(params, x):
+    return x @ params["kernel"] + params["bias"]
+
+
+def mlp_of(params, x):
+    return linear(params["out"], nn.silu(linear(params["wide"], x)))
+
+
+def clock(params, t, constants):
+    return mlp_of(params["time"], sinusoid(1000 * t, 128)) + mlp_of(params["pooled"], constants.pooled)
+
+
+def embed(params, latents):
+    return linear(params["patches"], tokens.patchify(latents, CONFIG.patch))
+
+
+def head(params, image, c):
+    shift, scale = Modulation(CONFIG, chunks=2).apply({"params": params["final_modulation"]}, c)
+    return tokens.unpatchify(linear(params["final"], layer_norm(image) * (1 + scale) + shift), CONFIG.patch, SIDE, SIDE)
+
+
+def each_layer(params):
+    """(kind, parameters) of every layer, taken out of the scanned stacks."""
+    for kind, layers in layer_groups(CONFIG):
+        for index in range(layers):
+            yield kind, params[kind] if kind == "last" else jax.tree.map(lambda leaf, index=index: leaf[index], params[kind])
+
+
+@jax.jit
+def trunk_alone(params, z, t, source, driving, constants):
+    """SD3.5 on [z, source, driving] of single frames, in a loop; positions are taken from the table itself."""
+    table = tokens.position_table(CONFIG)
+    positions = [table[first : first + 2, first : first + 2].reshape(4, -1) for first in (5, 7, 3)]  # 2 x 2 of 12 x 12
+    image = jnp.concatenate([embed(params, x) + p for x, p in zip((z, source, driving), positions, strict=True)], axis=1)[:, None]
+    text = jnp.broadcast_to(linear(params["text"], constants.text), (len(z), 1, CONFIG.text_tokens, CONFIG.width))
+    c = clock(params, t, constants)
+    for kind, layer in each_layer(params):
+        text, image = JointBlock(CONFIG, kind, "plain").apply({"params": layer["joint"]}, text, image, c, None)
+    return head(params, image[:, :, :4], c)[:, 0]
+
+
+@jax.jit
+def in_a_loop(params, z, t, conditions, constants):
+    """The whole network, layer by layer."""
+    source, driving, history, _ = conditions
+    positions = constants.positions
+    still = jnp.broadcast_to((embed(params, source) + positions[1])[:, None], (BATCH, FRAMES, 4, CONFIG.width))
+    image = jnp.concatenate([embed(params, z) + positions[0], still, embed(params, driving) + positions[2]], axis=2)
+    words = linear(params["text"], constants.text)
+    text, history_text = (jnp.broadcast_to(words, (BATCH, frames, *words.shape)) for frames in (FRAMES, PAST))
+    code = lambda numbers: mlp_of(params["frame_encoding"], sinusoid(jnp.array(numbers), CONFIG.frame_frequencies))
+    c, c_history = clock(params, t, constants), clock(params, jnp.zeros(BATCH), constants)
+    shared = Shared(c, c_history, code([0, 1, 2]), code([-2, -1]), None, None)
+    streams = Streams(text, image, history_text, embed(params, history) + positions[0])
+    for kind, layer in each_layer(params):
+        streams, _ = Layer(CONFIG, kind, 4, "plain").apply({"params": layer}, streams, shared)
+    return head(params, streams.image[:, :, :4], c)
+
+
+def test_scanned_layers_equal_a_loop(network):
+    assert_close(network.passes[tokens.HISTORY][0], in_a_loop(*network[:5]))
+
+
+# --------------------------------------------------------------------------------------------------------- initialisation
+
+
+@pytest.mark.parametrize("level", [tokens.NOTHING, tokens.DRIVING])
+def test_at_initialisation_frames_do_not_see_each_other(network, fresh_params, level):
+    params = redrawn(fresh_params, temporal=False)
+    apart = lambda x: x.reshape(-1, *x.shape[2:])
+    z, t, (source, driving, history, _), constants = network[1:5]
+    if level == tokens.NOTHING:
+        ours = apply(MODEL, params, z, t, Conditions(), constants)
+        alone = apply(MODEL, params, apart(z)[:, None], t.repeat(FRAMES), Conditions(), constants)[:, 0]
+    else:
+        ours = apply(MODEL, params, z, t, Conditions(source, driving), constants)
+        alone = trunk_alone(params, apart(z), t.repeat(FRAMES), source.repeat(FRAMES, axis=0), apart(driving), constants)
+    assert np.abs(alone).std() > 0.1
+    assert_close(apart(ours), alone)
+
+
+def abstract_params(config):
+    return flatten_dict(jax.eval_shape(functools.partial(train_state.init_params, config), jax.random.key(0)), is_leaf=lambda _, x: not isinstance(x, dict))
+
+
+def test_parameter_count_of_the_full_model():
+    params = abstract_params(Config())
+    count = lambda paths: sum(params[path].value.size for path in paths)
+    assert {path[0] for path in params} == {
+        "patches", "text", "time", "pooled", "frame_encoding", "dual", "plain", "last", "final_modulation", "final",
+    }  # fmt: skip
+    new = {path for path in params if path[0] == "frame_encoding" or path[1] == "temporal"}
+    assert count(params.keys() - new) == 2_243_171_520  # SD3.5 Medium, without its position table
+    assert count(new) == 399_378_432
+
+
+def test_every_axis_of_every_parameter_has_a_name():
+    for path, leaf in abstract_params(TINY).items():
+        assert isinstance(leaf, nn.LogicallyPartitioned), path
+        assert len(leaf.names) == leaf.value.ndim and all(leaf.names), (path, leaf.names, leaf.value.shape)
+        assert ("layers" in leaf.names) == (path[0] in ("dual", "plain")) and "layers" not in leaf.names[1:], (path, leaf.names)
+
+
+# ------------------------------------------------------------------------------------------------------- dropped signals
+
+
+@pytest.mark.parametrize("past", [True, False], ids=["history", "no history"])
+def test_masking_equals_leaving_out(network, past):
+    """Sample b keeps level b, and finds garbage in what it drops. Outputs and gradients are those of the truncated pass."""
+    params, z, t, conditions, constants, weights, passes = network
+    kept = jnp.arange(BATCH)
+    garbage = [jnp.where((kept >= first).reshape(-1, *[1] * (x.ndim - 1)), x, 1e3 * x + 7) for first, x in enumerate(conditions[:3], start=1)]
+    masked = Conditions(*garbage[:2], garbage[2] if past else None, kept)
+    for level in LEVELS:
+        expected, (params_gradient, z_gradient, signal_gradients) = passes[level if past else min(level, tokens.DRIVING)]
+        if not past and level == tokens.HISTORY:  # without history it is the level below; its gradient was taken for that sample
+            _, (params_gradient, z_gradient, signal_gradients) = run_pass(MODEL, params, network[1:5], tokens.DRIVING, weights * only(level))
+        output, gradients = output_and_gradient(MODEL, params, z, t, masked, constants, weights * only(level))
+        assert_close(output[level], expected[level])
+        assert_close(gradients[0], params_gradient, 2e-5)
+        assert_close(gradients[1], z_gradient, 2e-5)
+        for first, (gradient, reference) in enumerate(zip(gradients[2], signal_gradients, strict=True), start=1):
+            if gradient is None:
+                continue
+            if level < first:
+                np.testing.assert_array_equal(gradient, 0, err_msg=f"signal {first} is dropped at level {level}")
+            else:
+                assert np.abs(gradient[level]).max() > 1e-3
+                assert_close(gradient, reference, 2e-5)
+
+
+def test_zeroed_signals_stay_in_the_sequence(network):
+    """`dropped="zero"`: dropping is the same as giving zeros, and zeros are attended to like anything else."""
+    params, z, t, conditions, constants, _, passes = network
+    zeroing = Transformer(dataclasses.replace(CONFIG, dropped="zero"))
+    output = apply(zeroing, params, z, t, conditions._replace(level=jnp.arange(BATCH)), constants)
+    for level in LEVELS:
+        given = apply(MODEL, params, z, t, tokens.at_level(conditions, level, dropped="zero"), constants)
+        assert_close(output[level], given[level])
+    for level in LEVELS[:3]:
+        assert np.abs(output[level] - passes[level][0][level]).max() > 1e-2
+
+
+def test_driving_without_source_is_an_error(network):
+    params, z, t, conditions, constants = network[:5]
+    with pytest.raises(ValueError, match="nested"):
+        apply(MODEL, params, z, t, Conditions(driving=conditions.driving), constants)
+
+
+# ------------------------------------------------------------------------------------------------------------------ time
+
+
+def test_only_its_number_tells_a_frame_its_place(network):
+    params, z, t, conditions, constants = network[:5]
+    order = jnp.array([2, 0, 1])
+    mixed, mixed_conditions = z[:, order], conditions._replace(driving=conditions.driving[:, order])
+    straight = network.passes[tokens.HISTORY][0]
+    with_numbers = apply(MODEL, params, mixed, t, mixed_conditions, constants, order.astype(jnp.float32))
+    without = apply(MODEL, params, mixed, t, mixed_conditions, constants, jnp.arange(FRAMES, dtype=jnp.float32))
+    assert_close(with_numbers, straight[:, order])
+    assert np.abs(without - straight[:, order]).max() > 1e-2
+
+
+class Moment(NamedTuple):
+    """One temporal block and its inputs."""
+
+    params: Any
+    z: jax.Array  # [B, F, S, D]
+    history: jax.Array  # [B, P, S, D]
+    shared: Shared
+
+
+@pytest.fixture
+def moment(network):
+    generator = np.random.default_rng(5)
+    normal = lambda *shape: jnp.asarray(generator.normal(size=shape), jnp.float32)
+    width = CONFIG.width
+    params = dict(each_layer(network.params))["plain"]["temporal"]
+    shared = Shared(normal(BATCH, width), normal(BATCH, width), normal(FRAMES, width), normal(PAST, width), None, None)
+    return Moment(params, normal(BATCH, FRAMES, 4, width), normal(BATCH, PAST, 4, width), shared)
+
+
+@functools.partial(jax.jit, static_argnames=("temporal", "updates"))
+def temporal_block(params, z, history, shared, *, temporal="full", updates=True):
+    return TemporalBlock(dataclasses.replace(CONFIG, temporal=temporal), "plain", updates).apply({"params": params}, z, history, shared)
+
+
+def test_temporal_block_by_hand(moment):
+    """Every frame by its own modulation, all of them together in attention: frame numbers, gates and t = 0 for history."""
+    params, z, history, shared = moment
+    sizes = (CONFIG.heads, CONFIG.head_size)
+
+    def modulated(x, c, code):
+        shift, scale, gate = jnp.moveaxis(jnp.tensordot(nn.silu(c), params["modulation"]["kernel"]["kernel"], 1) + params["modulation"]["kernel"]["bias"], 1, 0)
+        return layer_norm(x) * (1 + scale[:, None, None]) + shift[:, None, None] + code[:, None], gate[:, None, None]
+
+    clean, gate = modulated(z, shared.c, shared.frame_code)
+    past, past_gate = modulated(history, shared.c_history, shared.history_code)
+    x = jnp.concatenate([clean, past], axis=1).reshape(BATCH, -1, CONFIG.width)
+    q, k, v = (linear(jax.tree.map(lambda leaf, i=i: leaf[..., i, :, :].reshape(*leaf.shape[:-3], -1), params["qkv"]["kernel"]), x) for i in range(3))
+    q, k, v = (a.reshape(*a.shape[:2], *sizes) for a in (q, k, v))
+    q, k = rms_norm(q, params["qkv"]["q_norm"]), rms_norm(k, params["qkv"]["k_norm"])
+    weights = jax.nn.softmax(jnp.einsum("bqnh,bknh->bnqk", q, k) / CONFIG.head_size**0.5)
+    out = jnp.einsum("bnqk,bknh,nhd->bqd", weights, v, params["out"]["kernel"]["kernel"]) + params["out"]["kernel"]["bias"]
+    out = out.reshape(BATCH, FRAMES + PAST, 4, CONFIG.width)
+
+    new_z, new_history = temporal_block(*moment)
+    assert_close(new_z, z + gate * out[:, :FRAMES])
+    assert_close(new_history, history + past_gate * out[:, FRAMES:])
+
+
+@pytest.mark.parametrize("temporal", ["full", "factorized"])
+def test_history_that_is_masked_in_time_is_no_history(moment, temporal):
+    params, z, history, shared = moment
+    kept = tokens.kept_in_time(jnp.array([2, 3, 0, 3]), FRAMES, PAST, 4)
+    masked, _ = temporal_block(params, z, 1e3 * history, shared._replace(kept_in_time=kept), temporal=temporal)
+    without, _ = temporal_block(params, z, None, shared._replace(c_history=None, history_code=None), temporal=temporal)
+    present, _ = temporal_block(params, z, 1e3 * history, shared, temporal=temporal)
+    assert_close(masked[::2], without[::2])
+    assert_close(masked[1::2], present[1::2])
+    assert np.abs(present - without).max() > 1e-2
+
+
+def test_full_and_factorized_agree_where_a_frame_is_one_token(moment):
+    params, z, history, shared = moment
+    for shared in (shared, shared._replace(kept_in_time=tokens.kept_in_time(jnp.arange(4), FRAMES, PAST, 1))):
+        one = [temporal_block(params, z[:, :, :1], history[:, :, :1], shared, temporal=temporal) for temporal in ("full", "factorized")]
+        assert_close(*one)
+    many = [temporal_block(params, z, history, moment.shared, temporal=temporal)[0] for temporal in ("full", "factorized")]
+    assert np.abs(many[0] - many[1]).max() > 1e-2
+
+
+def test_reach_of_full_and_of_factorized_attention(moment):
+    """Which tokens [frame, place] of z and history the output of frame 1, place 2 depends on."""
+    params, z, history, shared = moment
+    for temporal, reached in (("full", np.ones(4, bool)), ("factorized", np.arange(4) == 2)):
+        token = lambda z, history, temporal=temporal: jnp.sin(temporal_block(params, z, history, shared, temporal=temporal)[0][0, 1, 2]).sum()
+        for gradient, frames in zip(jax.grad(token, argnums=(0, 1))(z, history), (FRAMES, PAST), strict=True):
+            depends = np.abs(gradient[0]).max(axis=-1) > 0
+            np.testing.assert_array_equal(depends, np.broadcast_to(reached, (frames, 4)))
+            np.testing.assert_array_equal(gradient[1:], 0)
+
+
+def one_layer(params, kind, image, history, c, c_history):
+    """Streams after one layer; `params` has the layer's. Text and frame codes are fixed."""
+    generator = np.random.default_rng(7)
+    normal = lambda *shape: jnp.asarray(generator.normal(size=shape), jnp.float32)
+    text, history_text = (normal(BATCH, frames, CONFIG.text_tokens, CONFIG.width) for frames in (FRAMES, PAST))
+    shared = Shared(c, c_history, normal(FRAMES, CONFIG.width), normal(PAST, CONFIG.width), None, None)
+    streams = Streams(text, image, history_text, history)
+    return streams, jax.jit(Layer(CONFIG, kind, 4, "plain").apply)({"params": params}, streams, shared)[0]
+
+
+def closed(params, *names):
+    """`params` in which the modulation of these blocks, and so their gates, are zero."""
+    shut = lambda path, leaf: jnp.zeros_like(leaf) if any(entry.key in names for entry in path) else leaf
+    return jax.tree_util.tree_map_with_path(shut, params)
+
+
+def test_source_and_driving_take_no_part_in_the_temporal_block(network, moment):
+    params = closed(dict(each_layer(network.params))["plain"], "image_modulation", "text_modulation")  # the joint block does nothing
+    rest = jnp.asarray(np.random.default_rng(8).normal(size=(2, BATCH, FRAMES, 8, CONFIG.width)), jnp.float32)
+    image, other = (jnp.concatenate([moment.z, x], axis=2) for x in rest)
+    (_, out), (_, out_other) = (one_layer(params, "plain", x, moment.history, moment.shared.c, moment.shared.c_history) for x in (image, other))
+    assert np.abs(out.image[:, :, :4] - moment.z).max() > 1e-2
+    np.testing.assert_array_equal(out.image[:, :, :4], out_other.image[:, :, :4])
+    np.testing.assert_array_equal(out.history, out_other.history)
+    np.testing.assert_array_equal(out.image[:, :, 4:], image[:, :, 4:])
+
+
+def test_history_is_modulated_as_clean(network, moment):
+    """With the temporal gate closed, the noise level c leaves history as it is; what stands for t = 0 changes it."""
+    layer = dict(each_layer(network.params))["plain"]
+    params = {"temporal": closed(layer["temporal"], "modulation"), "joint": layer["joint"]}
+    c, c_history = moment.shared.c, moment.shared.c_history
+    (_, out), (_, other_t), (_, other_clean) = (one_layer(params, "plain", moment.z, moment.history, *cs) for cs in ((c, c_history), (2 * c, c_history), (c, 2 * c_history)))
+    np.testing.assert_array_equal(out.history, other_t.history)
+    np.testing.assert_array_equal(out.history_text, other_t.history_text)
+    np.testing.assert_array_equal(out.image, other_clean.image)
+    assert np.abs(out.history - other_clean.history).max() > 1e-2 and np.abs(out.history_text - other_clean.history_text).max() > 1e-2
+
+
+def test_only_the_last_layer_leaves_history_and_text_alone(network, moment):
+    for kind, params in each_layer(network.params):
+        before, after = one_layer(params, kind, moment.z, moment.history, moment.shared.c, moment.shared.c_history)
+        assert np.abs(after.image - before.image).max() > 1e-2
+        for name in ("text", "history", "history_text"):
+            changed = np.abs(getattr(after, name) - getattr(before, name)).max() > 1e-2
+            assert changed == (kind != "last"), (kind, name)
+
+
+# ------------------------------------------------------------------------------------------------- memory and precision
+
+
+def test_rematerialisation_changes_nothing(network):
+    level = tokens.HISTORY
+    ours = run_pass(dataclasses.replace(MODEL, remat="full"), network.params, network[1:5], level, network.weights * only(level))
+    assert_close(ours, network.passes[level], 2e-5)
+
+
+def test_bfloat16_is_close_to_float32(network):
+    output = apply(Transformer(dataclasses.replace(CONFIG, dtype="bfloat16")), *network[:5])
+    exact = network.passes[tokens.HISTORY][0]
+    assert output.dtype == jnp.float32
+    error = float(jnp.sqrt(jnp.mean(jnp.square(output - exact)) / jnp.mean(jnp.square(exact))))
+    assert 1e-4 < error < 3e-2, f"relative error {error:.4f}"
+
+
+def test_the_defaults_are_those_of_sd35_medium():
+    assert layer_groups(ModelConfig()) == [("dual", 13), ("plain", 10), ("last", 1)]
