@@ -68,10 +68,13 @@ def main(flags: Flags) -> None:
     started = time.perf_counter()
     if (flags.source is None) != (flags.driving is None):
         raise ConfigError("--source and --driving go together; without both, the bundled pair is used")
+    if flags.max_frames is not None and flags.max_frames < 1:
+        raise ConfigError(f"--max-frames {flags.max_frames} must be at least 1")
     bundled = flags.source is None
     source, driving = (DEMO / "source.png", DEMO / "driving.mp4") if bundled else (flags.source, flags.driving)
     config = read_config(flags)
-    make_writable(flags.output)
+    name = f"{source.stem}--{driving.stem}"
+    make_writable(flags.output, name)
     prepared = inputs.prepare(
         source, driving, config.data, landmarker=flags.landmarker, face=flags.face, align=flags.align and not bundled, max_frames=flags.max_frames
     )
@@ -84,7 +87,6 @@ def main(flags: Flags) -> None:
 
     # ---------------------------------------------------------------------------------------------------------- animate
     animating = time.perf_counter()
-    name = f"{source.stem}--{driving.stem}"
     finished = flags.output / f".{name}.windows"  # each finished window, losslessly, until the videos are written
     shutil.rmtree(finished, ignore_errors=True)
     finished.mkdir()
@@ -142,8 +144,8 @@ def override(config: Config, flags: Flags) -> Config:
     return dataclasses.replace(config, sample=dataclasses.replace(config.sample, **given))
 
 
-def make_writable(directory: pathlib.Path) -> None:
-    """Makes the directory; ConfigError if nothing can be written there."""
+def make_writable(directory: pathlib.Path, name: str) -> None:
+    """Makes the directory; ConfigError if nothing can be written there, or a folder has the name of a result."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / f".{os.getpid()}.writable"
@@ -151,6 +153,9 @@ def make_writable(directory: pathlib.Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"--output {directory} cannot be written: {error.strerror}") from error
+    for path in (directory / f"{name}{ending}" for ending in (".mp4", "_concat.mp4", ".json")):
+        if path.is_dir():
+            raise ConfigError(f"--output {directory} cannot be written: {path.name} is a folder there; move it or choose another directory")
 
 
 def saved(finished: pathlib.Path) -> Iterator[np.ndarray]:

@@ -16,13 +16,14 @@ import pathlib
 import sys
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from svdp_jax.config import Config, ConfigError, load_config, to_dict
-from svdp_jax.train_state import TrainState
+from svdp_jax.train_state import TrainState, init_params
 from svdp_jax.types import Frozen
 
 CONFIG, FROZEN, STEPS, WEIGHTS = "config.json", "frozen", "checkpoints", "weights"
@@ -96,10 +97,21 @@ def load_weights(directory: pathlib.Path) -> tuple[Config, Any, Frozen]:
     try:
         tree = load_tree(weights)
         frozen = load_frozen(directory)
-    except (ValueError, KeyError, FileNotFoundError, OSError) as error:
+    except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:  # orbax has a different one for each missing file
         raise ConfigError(f"checkpoint {directory} cannot be read: {first_line(error)}") from error
     params = tree["ema"] if "ema" in tree else tree
+    check_shapes(directory, config, params)
     return config, jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params), frozen
+
+
+def check_shapes(directory: pathlib.Path, config: Config, params: Any) -> None:
+    """ConfigError if the parameters are not those of the config's network, naming the first that differs."""
+    expected = nn.meta.unbox(jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0)))
+    wanted, found = ({jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)} for tree in (expected, params))
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            have, want = (shapes.get(name, "nothing") for shapes in (found, wanted))
+            raise ConfigError(f"checkpoint {directory} does not fit its {CONFIG}: {name} is {have}, the config's network has {want}")
 
 
 def export(directory: pathlib.Path, output: pathlib.Path, *, dtype: str) -> None:

@@ -31,7 +31,12 @@ def _choices(config: Any) -> None:
     for name, hint in get_type_hints(type(config)).items():
         allowed = getattr(hint, "__args__", ()) if getattr(hint, "__origin__", None) is Literal else ()
         if allowed:
-            _check(getattr(config, name) in allowed, f"{type(config).__name__.removesuffix('Config').lower()}.{name}", getattr(config, name), f"must be one of {', '.join(allowed)}")
+            _check(
+                getattr(config, name) in allowed,
+                f"{type(config).__name__.removesuffix('Config').lower()}.{name}",
+                getattr(config, name),
+                f"must be one of {', '.join(allowed)}",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +69,9 @@ class ModelConfig:
         _choices(self)
         _check(self.width % self.heads == 0, "model.heads", self.heads, f"must divide model.width={self.width}")
         _check(self.width % 4 == 0, "model.width", self.width, "must be a multiple of 4 (two axes, sine and cosine)")
-        _check(0 <= self.dual_blocks < self.depth, "model.dual_blocks", self.dual_blocks, "must be at least 0 and less than model.depth (the last block is plain)")
+        _check(
+            0 <= self.dual_blocks < self.depth, "model.dual_blocks", self.dual_blocks, "must be at least 0 and less than model.depth (the last block is plain)"
+        )
 
     @property
     def head_size(self) -> int:
@@ -167,7 +174,12 @@ class TrainConfig:
         _check(0 <= self.ema < 1, "train.ema", self.ema, "must be at least 0 and less than 1")
         _check(0 <= self.decay <= 1, "train.decay", self.decay, "must be a share, 0 to 1")
         _check(self.warmup >= 0, "train.warmup", self.warmup, "must not be negative")
-        _check(self.stage1.history == 0, "train.stage1.history", self.stage1.history, "must be 0: stage 1 is trained without history; set train.history_from_step=0 to have it from the start")
+        _check(
+            self.stage1.history == 0,
+            "train.stage1.history",
+            self.stage1.history,
+            "must be 0: stage 1 is trained without history; set train.history_from_step=0 to have it from the start",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,17 +226,25 @@ class Config:
     def __post_init__(self):
         _check(
             self.model.latent_channels == self.autoencoder.latent_channels,
-            "model.latent_channels", self.model.latent_channels, f"must equal autoencoder.latent_channels={self.autoencoder.latent_channels}",
+            "model.latent_channels",
+            self.model.latent_channels,
+            f"must equal autoencoder.latent_channels={self.autoencoder.latent_channels}",
         )
         unit = self.autoencoder.downsampling * self.model.patch
         _check(self.data.size % unit == 0, "data.size", self.data.size, f"must be a multiple of {unit} (autoencoder.downsampling x model.patch)")
         # Source and driving sit one grid further out than the centre crop, on either side.
         _check(
             self.model.table_size >= 3 * self.grid,
-            "data.size", self.data.size,
+            "data.size",
+            self.data.size,
             f"puts three crops of {self.grid} tokens on a position table of {self.model.table_size}; use at most {self.model.table_size // 3 * unit} pixels",
         )
-        _check(self.data.frames % self.mesh.context == 0 or self.mesh.context == -1, "data.frames", self.data.frames, f"must be a multiple of mesh.context={self.mesh.context}")
+        _check(
+            self.data.frames % self.mesh.context == 0 or self.mesh.context == -1,
+            "data.frames",
+            self.data.frames,
+            f"must be a multiple of mesh.context={self.mesh.context}",
+        )
 
     @property
     def grid(self) -> int:
@@ -246,8 +266,8 @@ def load_config(path: str | pathlib.Path) -> Config:
     if path.suffix == ".json":
         try:
             return from_dict(Config, json.loads(path.read_text()))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"config {path} is not JSON: {error}") from error
+        except (json.JSONDecodeError, TypeError, AttributeError) as error:
+            raise ConfigError(f"config {path} is not what a run has written: {error}") from error
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"config {path} is neither a .py nor a .json file")

@@ -2,7 +2,7 @@
 
     source [H,W,3] bytes, driving [N,H,W,3] bytes (black but for eyes, nose, mouth)  ->  frames [N,H,W,3] bytes, window by window
 
-Encode, roll out, decode. What surrounds it (files, faces, crops) is `svdp_jax.animate`'s; what happens inside a window is the sampler's.
+Encode, roll out, decode. Files, faces and crops are `data.inputs`; what happens inside a window is `sampler`.
 """
 
 from __future__ import annotations

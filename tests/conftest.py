@@ -1,12 +1,16 @@
 """Shared by the tests of the command lines and of checkpoints: a rendered dataset, and one run of configs/tiny.py on it."""
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
 
-import jax
-import pytest
+# Most of a test's time is compilation, and what is compiled runs once: a quick compiler takes half as long.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for subprocesses, too
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # train.py and sample.py stand beside the package
@@ -63,3 +67,22 @@ def python():
         return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=variables, cwd=ROOT)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def eight_devices(tmp_path_factory) -> dict:
+    """What tests/eight_devices.py has found out."""
+    flags = "--xla_force_host_platform_device_count=8"
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    script = [sys.executable, str(ROOT / "tests" / "eight_devices.py"), str(tmp_path_factory.mktemp("eight"))]
+    result = subprocess.run(script, capture_output=True, text=True, env=variables, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What needs eight devices is slow: on two cores, eight virtual devices compile and run for minutes."""
+    for item in items:
+        if "eight_devices" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)

@@ -26,6 +26,15 @@ SIZE, FRAMES, PAST, CLIPS, TEST_CLIPS = 4, 4, 2, 16, 256
 CONSTANTS = Constants(tokens.shifted_crops(tokens.position_table(MODEL), 2, 2), jnp.zeros((1, 4)), jnp.zeros(4))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def optimised():
+    """Unlike the other tests, these run what they compile for long."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def draw_clips(key, clips, level, in_driving):
     """(x0, Conditions, frames [B, F] whose driving latents do not show the colour).
 

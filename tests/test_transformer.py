@@ -1,4 +1,4 @@
-"""The network's properties, on parameters of which none is zero (see `conftest.redrawn`), except for those at initialisation."""
+"""The network's properties, on parameters of which none is zero (see `redrawn`), except for those at initialisation."""
 
 import dataclasses
 import functools
@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, draw_inputs, redrawn
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
+from tiny_network import TINY, draw_inputs, fresh_params, redrawn
 
 from svdp_jax import train_state
 from svdp_jax.config import Config, ModelConfig
@@ -58,9 +58,9 @@ def run_pass(model, params, inputs, level, weights):
 
 
 @pytest.fixture(scope="module")
-def network(fresh_params):
+def network():
     """Inputs, and each level's pass over all of them. Sample b's gradient is that of level b."""
-    params = redrawn(fresh_params)
+    params = redrawn(fresh_params())
     inputs = draw_inputs(CONFIG, batch=BATCH, frames=FRAMES, history=PAST, height=SIDE, width=SIDE)
     weights = jnp.asarray(np.random.default_rng(3).normal(size=inputs[0].shape), jnp.float32)
     passes = [run_pass(MODEL, params, inputs, level, weights * only(level)) for level in LEVELS]
@@ -150,8 +150,8 @@ def test_scanned_layers_equal_a_loop(network):
 
 
 @pytest.mark.parametrize("level", [tokens.NOTHING, tokens.DRIVING])
-def test_at_initialisation_frames_do_not_see_each_other(network, fresh_params, level):
-    params = redrawn(fresh_params, temporal=False)
+def test_at_initialisation_frames_do_not_see_each_other(network, level):
+    params = redrawn(fresh_params(), temporal=False)
     apart = lambda x: x.reshape(-1, *x.shape[2:])
     z, t, (source, driving, history, _), constants = network[1:5]
     if level == tokens.NOTHING:
@@ -308,10 +308,11 @@ def test_history_that_is_masked_in_time_is_no_history(moment, temporal):
 
 def test_full_and_factorized_agree_where_a_frame_is_one_token(moment):
     params, z, history, shared = moment
-    for shared in (shared, shared._replace(kept_in_time=tokens.kept_in_time(jnp.arange(4), FRAMES, PAST, 1))):
-        one = [temporal_block(params, z[:, :, :1], history[:, :, :1], shared, temporal=temporal) for temporal in ("full", "factorized")]
+    for kept in (None, tokens.kept_in_time(jnp.arange(4), FRAMES, PAST, 1)):
+        masked = shared._replace(kept_in_time=kept)
+        one = [temporal_block(params, z[:, :, :1], history[:, :, :1], masked, temporal=temporal) for temporal in ("full", "factorized")]
         assert_close(*one)
-    many = [temporal_block(params, z, history, moment.shared, temporal=temporal)[0] for temporal in ("full", "factorized")]
+    many = [temporal_block(params, z, history, shared, temporal=temporal)[0] for temporal in ("full", "factorized")]
     assert np.abs(many[0] - many[1]).max() > 1e-2
 
 

@@ -85,4 +85,4 @@ def middle_square(width: int, height: int) -> faces.Crop:
 
 def _detector(path: pathlib.Path, landmarker: pathlib.Path | None) -> faces.Detector:
     beside = path.with_suffix(".npz")
-    return faces.make_detector(landmarker if landmarker is not None or not beside.is_file() else beside)
+    return faces.make_detector(beside if beside.is_file() else landmarker)

@@ -13,8 +13,8 @@ Out: a table with targets, and as last line its figures as JSON.
     mouth             how much of the inside of the mouth is seen, likewise
     autoencoder       dB of the truth, encoded and decoded: what no model with these latents exceeds by much
 
-On the truth, the measured head follows the drawn motion's (0.94 across, 0.96 down) and the measured mouth its opening (0.97):
-mean correlations of 32 clips of the test split. Of the source alone, which does not move, all three are 0.
+On the truth, the measured head goes with the drawn one's middle (0.94 across, 0.96 down) and the measured mouth with its opening
+(0.97): mean correlations of 32 clips of the test split. A copy of the source does not move: for it, all are 0.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import imageio.v3 as iio
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Key, UInt8
+from jaxtyping import Float, Float32, Key, UInt8
 from tqdm import tqdm
 
 import svdp_jax
@@ -132,12 +132,16 @@ def measure(case: Case, output: UInt8[np.ndarray, "N H W 3"], reconstructed: UIn
 
 def followed(output: UInt8[np.ndarray, "N H W 3"], case: Case) -> dict[str, float]:
     """How the output's head and mouth go with the truth's: correlations over time."""
+    made, true = motion_of(output, case.boxes), motion_of(case.target, case.boxes)
+    across, down, mouth = (metrics.correlation(*pair) for pair in zip(made, true, strict=True))
+    return {"head_x": across, "head_y": down, "head": (across + down) / 2, "mouth": mouth}
+
+
+def motion_of(frames: UInt8[np.ndarray, "N H W 3"], boxes: Float32[np.ndarray, "N 4 4"]) -> tuple[Float[np.ndarray, " N"], ...]:
+    """What pixels say of the motion: the head's x and y, and how much of the inside of the mouth is seen."""
     # One box for the clip: a box that went with the true mouth would let its motion into what is measured.
-    box = np.concatenate([case.boxes[:, 3, :2].min(0), case.boxes[:, 3, 2:].max(0)])
-    heads = [metrics.head_position(frames) for frames in (output, case.target)]
-    mouths = [metrics.colour_amount(frames, synthetic.MOUTH_INSIDE, box) for frames in (output, case.target)]
-    across, down = (metrics.correlation(heads[0][:, axis], heads[1][:, axis]) for axis in (0, 1))
-    return {"head_x": across, "head_y": down, "head": (across + down) / 2, "mouth": metrics.correlation(*mouths)}
+    mouth = np.concatenate([boxes[:, 3, :2].min(0), boxes[:, 3, 2:].max(0)])
+    return *metrics.head_position(frames).T, metrics.colour_amount(frames, synthetic.MOUTH_INSIDE, mouth)
 
 
 def summary(clips: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
@@ -209,7 +213,16 @@ def write_animation(
 # ---------------------------------------------------------------------------------------------------------------- program
 
 
-def main(flags: argparse.Namespace) -> None:
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; see --help."""
+    try:
+        evaluate(parse(arguments))
+    except (ConfigError, video.MediaError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+
+
+def evaluate(flags: argparse.Namespace) -> None:
     check(flags)
     config, params, frozen = checkpoint.load_weights(flags.checkpoint)
     chosen = {"steps": flags.steps, "guidance": flags.guidance and tuple(flags.guidance)}
@@ -278,7 +291,7 @@ def check(flags: argparse.Namespace) -> None:
     flags.batch = min(flags.batch, flags.clips)
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m svdp_jax.evaluation.rendered",
         description="Animate held-out rendered portraits and measure how well; prints a table with targets and, last, a line of JSON.",
@@ -298,8 +311,4 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse())
-    except (ConfigError, video.MediaError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    main()

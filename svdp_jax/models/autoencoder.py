@@ -71,9 +71,7 @@ class KLAutoencoder(nn.Module):
         return frames.reshape(*latents.shape[:-3], *frames.shape[1:])
 
 
-def sample(
-    key: PRNGKeyArray, mean: Float[Array, "*lead h w C"], log_variance: Float[Array, "*lead h w C"]
-) -> Float[Array, "*lead h w C"]:
+def sample(key: PRNGKeyArray, mean: Float[Array, "*lead h w C"], log_variance: Float[Array, "*lead h w C"]) -> Float[Array, "*lead h w C"]:
     """mean + std * noise, with the log-variance clipped as in training of the released weights."""
     return mean + jnp.exp(0.5 * jnp.clip(log_variance, -30, 20)) * jax.random.normal(key, mean.shape, mean.dtype)
 

@@ -1,0 +1,100 @@
+"""Checkpoints: what is saved comes back, on any mesh and in either type, and what is broken is named on one line."""
+
+import dataclasses
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from svdp_jax import checkpoint, train_state
+from svdp_jax.config import ConfigError
+
+
+def state_of(workdir):
+    """The last step's state, as arrays, of any structure."""
+    return checkpoint.load_tree(workdir / "checkpoints" / "8" / "state")
+
+
+def assert_equal(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+@pytest.mark.parametrize("strategy", ["dp", "fsdp", "fsdp_tensor"])
+def test_a_state_comes_back_on_any_mesh(eight_devices, strategy):
+    assert eight_devices[f"restored {strategy}"] == {"apart": 0.0, "step": 1, "placed": True}
+
+
+def test_weights_of_a_workdir_are_the_ema(workdir):
+    config, params, frozen = checkpoint.load_weights(workdir)
+    saved = state_of(workdir)
+    assert_equal(params, saved["ema"])
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(saved["params"]), strict=True))
+    assert config.name == "tiny"
+    assert frozen.table.shape == (12, 12, 32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_export_holds_the_ema_in_its_type(workdir, tmp_path, dtype):
+    checkpoint.export(workdir, tmp_path / "exported", dtype=dtype)
+    config, params, frozen = checkpoint.load_weights(tmp_path / "exported")
+    before, ema, frozen_before = checkpoint.load_weights(workdir)
+    assert config == before
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+    assert_equal(params, jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf, dtype), np.float32), ema))
+    assert_equal(frozen._asdict(), frozen_before._asdict())
+
+
+def test_another_config_does_not_restore(workdir):
+    config, *_ = checkpoint.load_weights(workdir)
+    for changes in {"width": 64}, {"depth": 5}, {"dual_blocks": 0}:
+        other = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+        from flax.linen import meta
+
+        state = jax.eval_shape(lambda: meta.unbox(train_state.init_state(other, train_state.init_params(other, jax.random.key(0)))))  # noqa: B023
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), state)  # noqa: B023
+        checkpoints = checkpoint.manager(workdir, keep=3)
+        with pytest.raises(ConfigError, match="does not fit the config") as caught:
+            checkpoint.restore(checkpoints, state)
+        checkpoints.close()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lost", ["config.json", "checkpoints", "frozen", "checkpoints/8/state/_METADATA", "checkpoints/8/state/manifest.ocdbt"])
+def test_a_checkpoint_that_lacks_something_is_named(workdir, tmp_path, lost):
+    broken = tmp_path / "broken"
+    shutil.copytree(workdir, broken)
+    (shutil.rmtree if (broken / lost).is_dir() else lambda path: path.unlink())(broken / lost)
+    with pytest.raises(ConfigError, match="broken") as caught:
+        checkpoint.load_weights(broken)
+    assert "\n" not in str(caught.value)
+
+
+def test_inspect_counts_the_parameters(workdir, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["checkpoint", "inspect", str(workdir)])
+    checkpoint.main()
+    count = sum(leaf.size for leaf in jax.tree.leaves(state_of(workdir)["params"]))
+    assert f"{count:,}" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_inspecting_no_checkpoint_exits_with_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["checkpoint", "inspect", str(tmp_path)])
+    with pytest.raises(SystemExit) as caught:
+        checkpoint.main()
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and str(tmp_path) in line
+
+
+def test_a_fingerprint_changes_with_any_byte(tmp_path):
+    (tmp_path / "part").write_bytes(b"weights")
+    before = checkpoint.fingerprint(tmp_path)
+    assert checkpoint.fingerprint(tmp_path) == before
+    (tmp_path / "part").write_bytes(b"weighty")
+    changed = checkpoint.fingerprint(tmp_path)
+    (tmp_path / "part").write_bytes(b"weights")
+    (tmp_path / "part").rename(tmp_path / "other")
+    assert len({before, changed, checkpoint.fingerprint(tmp_path)}) == 3

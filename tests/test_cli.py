@@ -1,0 +1,265 @@
+"""train.py and sample.py as a user calls them: what they write, that a resumed run is the same run, and one line for a mistake."""
+
+import json
+import runpy
+import shutil
+import sys
+from fractions import Fraction
+
+import av
+import imageio.v3 as iio
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from svdp_jax import checkpoint
+from svdp_jax.data import faces, synthetic, video
+
+FRAMES, FPS = 6, Fraction(30000, 1001)  # two windows of 4, the second not full
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    """portrait.png and motion.mp4, each with its landmarks."""
+    folder = tmp_path_factory.mktemp("media")
+    clip = synthetic.pair("validation", 1, frames=FRAMES, size=48)
+    iio.imwrite(folder / "portrait.png", clip.target[0])
+    faces.write_landmarks(folder / "portrait.npz", clip.target_landmarks[:1])
+    video.write_video(folder / "motion.mp4", clip.driver, fps=FPS, metadata={})
+    faces.write_landmarks(folder / "motion.npz", clip.driver_landmarks)
+    return folder
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Runs a script as `python NAME FLAGS` would: (exit status, output, errors)."""
+
+    def call(name, *flags):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+        status = 0
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def sample(script, media, workdir):
+    """sample.py on the pair and the trained run; a flag given again counts."""
+
+    def call(output, *flags):
+        given = ["--source", media / "portrait.png", "--driving", media / "motion.mp4", "--checkpoint", workdir, "--output", output]
+        status, out, err = script("sample.py", *given, *flags)
+        assert status == 0, err
+        return out
+
+    return call
+
+
+def frames_of(path):
+    return np.stack(list(video.read_frames(path)))
+
+
+def metrics_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+# -------------------------------------------------------------------------------------------------------------- training
+
+
+def test_training_writes_what_others_rely_on(workdir, dataset):
+    lines = metrics_of(workdir)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    for line in lines:
+        assert {"step", "loss", "grad_norm", "seconds", "data_wait"} <= set(line)
+        assert np.isfinite(list(line.values())).all()
+        assert 0 <= line["data_wait"] <= 1
+    assert json.loads((workdir / "config.json").read_text())["data"]["path"] == str(dataset)
+    assert {path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()} == {"4", "8"}
+    assert (workdir / "frozen").is_dir()
+    assert list((workdir / "tensorboard").iterdir())
+    assert iio.imread(workdir / "samples" / "0000008.png").shape == (3 * 32, 9 * 32, 3)
+
+
+def test_a_resumed_run_is_the_same_run_bit_for_bit(workdir, train_tiny, tmp_path):
+    resumed = tmp_path / "resumed"
+    train_tiny(resumed, "--train.stop-at", "4")
+    assert [path.name for path in (resumed / "checkpoints").iterdir() if path.name.isdigit()] == ["4"]
+    train_tiny(resumed)
+    straight, again = (checkpoint.load_tree(path / "checkpoints" / "8" / "state") for path in (workdir, resumed))
+    assert {"params", "ema", "opt_state", "step"} <= set(straight)
+    jax.tree.map(np.testing.assert_array_equal, straight, again)
+    for one, other in zip(metrics_of(workdir), metrics_of(resumed), strict=True):
+        assert [one[name] for name in ("step", "loss", "grad_norm")] == [other[name] for name in ("step", "loss", "grad_norm")]
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [(["--train.stpes", "4"], "--train.stpes"), (["--model.heads", "7"], "model.heads=7"), (["--train.steps", "few"], "few")],
+)
+def test_training_refuses_a_wrong_flag_by_name(script, tmp_path, flags, named):
+    status, _, err = script("train.py", "--config", ROOT / "configs" / "tiny.py", "--workdir", tmp_path / "run", *flags)
+    assert status == 2
+    assert named in err and "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ([], "--config"),
+        (["--config", "missing.py", "--workdir", "run"], "missing.py"),
+        (["--config", "configs/tiny.py", "--workdir", "{run}", "--data.path", "nowhere"], "nowhere"),
+        (["--config", "configs/tiny.py", "--workdir", "{run}", "--mesh.data", "3"], "mesh data=3"),
+    ],
+)
+def test_training_says_on_one_line_what_is_missing(script, tmp_path, monkeypatch, flags, named):
+    monkeypatch.chdir(ROOT)
+    status, _, err = script("train.py", *(flag.format(run=tmp_path / "run") for flag in flags))
+    (line,) = err.splitlines()
+    assert status == 2
+    assert line.startswith("error: ") and named in line
+
+
+# -------------------------------------------------------------------------------------------------------------- sampling
+
+
+def test_sampling_writes_the_video_and_how_it_was_made(sample, workdir, tmp_path):
+    out = sample(tmp_path / "out")
+    names = ["portrait--motion.json", "portrait--motion.mp4", "portrait--motion_concat.mp4"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert all(name in out for name in names)
+    for name, size in (names[1], (48, 48)), (names[2], (3 * 256, 256)):
+        info = video.probe(tmp_path / "out" / name)
+        assert (info.frames, info.fps, info.width, info.height) == (FRAMES, FPS, *size)
+        with av.open(str(tmp_path / "out" / name)) as file:
+            assert "synthesised" in file.metadata["comment"]
+            assert checkpoint.fingerprint(workdir) in file.metadata["comment"]
+    record = json.loads((tmp_path / "out" / names[0]).read_text())
+    assert "synthesised" in record["note"]
+    assert record["checkpoint"] == checkpoint.fingerprint(workdir)
+    assert record["version"].startswith("svdp_jax ")
+    assert (record["seed"], record["frames"], record["fps"], record["steps"]) == (42, FRAMES, str(FPS), 2)
+
+
+def test_the_seed_makes_the_video_and_so_does_guidance(sample, tmp_path):
+    def result(name, *flags):
+        sample(tmp_path / name, "--no-concat", "--max-frames", "5", *flags)
+        assert not (tmp_path / name / "portrait--motion_concat.mp4").exists()
+        return frames_of(tmp_path / name / "portrait--motion.mp4")
+
+    first = result("first")
+    assert len(first) == 5
+    np.testing.assert_array_equal(first, result("again"))
+    assert (first != result("seed", "--seed", "7")).any()
+    assert (first != result("guidance", "--guidance", "1", "1", "0")).any()
+
+
+@pytest.fixture
+def never_loaded(monkeypatch):
+    def fail(directory):
+        raise AssertionError("weights are loaded before the inputs are checked")
+
+    monkeypatch.setattr(checkpoint, "load_weights", fail)
+
+
+def broken_config(workdir, folder, section, **values):
+    """A checkpoint directory whose config.json has other values."""
+    config = json.loads((workdir / "config.json").read_text())
+    config[section] |= values
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "case, named",
+    [
+        ("missing source", "nowhere.png"),
+        ("not an image", "notes.txt"),
+        ("missing driving", "nowhere.mp4"),
+        ("not a video", "notes.txt"),
+        ("no face", "grey.png"),
+        ("no checkpoint", "config.json"),
+        ("output is a file", "notes.txt"),
+        ("a folder in the way", "portrait--motion.mp4"),
+        ("size", "data.size=40"),
+        ("history", "data.history=4"),
+        ("alone", "--driving"),
+        ("face", "face 3"),
+        ("no frames", "--max-frames"),
+        ("no steps", "sample.steps=0"),
+        ("landmarker", "face.onnx"),
+    ],
+)
+def test_a_mistake_is_one_line_before_any_weight_is_loaded(case, named, script, never_loaded, media, workdir, tmp_path):
+    (tmp_path / "notes.txt").write_text("not a picture")
+    iio.imwrite(tmp_path / "grey.png", np.full((64, 64, 3), 128, np.uint8))
+    (tmp_path / "taken" / "portrait--motion.mp4").mkdir(parents=True)
+    shutil.copy(media / "portrait.png", tmp_path / "bare.png")
+    flags = {"--source": media / "portrait.png", "--driving": media / "motion.mp4", "--checkpoint": workdir, "--output": tmp_path / "out"}
+    match case:
+        case "missing source":
+            flags["--source"] = tmp_path / "nowhere.png"
+        case "not an image":
+            flags["--source"] = tmp_path / "notes.txt"
+        case "missing driving":
+            flags["--driving"] = tmp_path / "nowhere.mp4"
+        case "not a video":
+            flags["--driving"] = tmp_path / "notes.txt"
+        case "no face":
+            flags["--source"] = tmp_path / "grey.png"
+        case "no checkpoint":
+            flags["--checkpoint"] = tmp_path
+        case "output is a file":
+            flags["--output"] = tmp_path / "notes.txt"
+        case "a folder in the way":
+            flags["--output"] = tmp_path / "taken"
+        case "size":
+            flags["--checkpoint"] = broken_config(workdir, tmp_path / "big", "data", size=40)
+        case "history":
+            flags["--checkpoint"] = broken_config(workdir, tmp_path / "long", "data", history=4)
+        case "alone":
+            del flags["--driving"]
+        case "face":
+            flags["--face"] = 3
+        case "no frames":
+            flags["--max-frames"] = 0
+        case "no steps":
+            flags["--steps"] = 0
+        case "landmarker":
+            flags |= {"--source": tmp_path / "bare.png", "--landmarker": "face.onnx"}
+    with pytest.warns(UserWarning) if case == "no face" else pytest.MonkeyPatch.context():
+        status, _, err = script("sample.py", *(part for flag in flags.items() for part in flag))
+    (line,) = err.splitlines()
+    assert status == 2
+    assert line.startswith("error: ") and named in line
+
+
+def test_an_unknown_flag_is_named(script):
+    status, _, err = script("sample.py", "--sorce", "portrait.png")
+    assert status == 2
+    assert "--sorce" in err and "Traceback" not in err
+
+
+def test_weights_that_cannot_be_read_are_one_line(script, media, workdir, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(workdir, broken)
+    (broken / "checkpoints" / "8" / "state" / "_METADATA").write_text("{")
+    given = ["-s", media / "portrait.png", "-d", media / "motion.mp4", "--checkpoint", broken, "-o", tmp_path / "out"]
+    status, _, err = script("sample.py", *given)
+    (line,) = err.splitlines()
+    assert status == 2
+    assert line.startswith("error: ") and "broken" in line
+
+
+def test_the_process_really_exits_with_2(python, tmp_path):
+    done = python("sample.py", "--source", tmp_path / "nowhere.png", "--driving", tmp_path / "nowhere.mp4", "--output", tmp_path / "out")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert line.startswith("error: ") and "nowhere.png" in line

@@ -1,0 +1,163 @@
+"""The train step: who learns how fast, what the EMA keeps, and what a step's randomness depends on."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+from tiny_network import TINY, fresh_params, redrawn
+
+from svdp_jax import train_state
+from svdp_jax.config import LevelConfig, TrainConfig
+from svdp_jax.models.autoencoder import make_autoencoder
+from svdp_jax.models.tokens import position_table
+from svdp_jax.types import Batch, Frozen
+
+PLAIN = TrainConfig(steps=8, warmup=0, weight_decay=0.0, learning_rate=1e-3, learning_rate_new=1e-2, clip=1e9)
+
+
+def updates(train, params, gradients):
+    """What the optimizer adds to `params` for one gradient after the other."""
+    optimizer = train_state.make_optimizer(train)
+    state, out = optimizer.init(params), []
+    for gradient in gradients:
+        update, state = optimizer.update(gradient, state, params)
+        out.append(update)
+    return out
+
+
+def like(params, value):
+    return jax.tree.map(lambda leaf: jnp.full_like(leaf, value), params)
+
+
+# -------------------------------------------------------------------------------------------------------------- optimizer
+
+
+def test_new_parameters_have_a_learning_rate_of_their_own():
+    params = fresh_params()
+    (update,) = updates(PLAIN, params, [like(params, 1.0)])  # the first step of Adam is as long as the learning rate
+    for path, change in flatten_dict(update).items():
+        new = path[0] == "frame_encoding" or path[1] == "temporal"
+        np.testing.assert_allclose(change, -1e-2 if new else -1e-3, rtol=1e-5, err_msg=str(path))
+
+
+def test_weight_decay_is_for_kernels_only():
+    params = redrawn(fresh_params())
+    (update,) = updates(dataclasses.replace(PLAIN, weight_decay=0.1), params, [like(params, 0.0)])
+    weights = flatten_dict(params)
+    kinds = set()
+    for path, change in flatten_dict(update).items():
+        rate = 1e-2 if path[0] == "frame_encoding" or path[1] == "temporal" else 1e-3
+        expected = -rate * 0.1 * weights[path] if path[-1] == "kernel" else np.zeros(weights[path].shape)
+        np.testing.assert_allclose(change, expected, rtol=1e-5, atol=1e-9, err_msg=str(path))
+        kinds.add(path[-1])
+    assert kinds == {"kernel", "bias", "q_norm", "k_norm"}
+
+
+def test_learning_rate_warms_up_and_decays():
+    train = dataclasses.replace(PLAIN, warmup=4, decay=0.25)
+    params = {"kernel": jnp.zeros(3), "temporal": {"kernel": jnp.zeros(3)}}
+    steps = updates(train, params, [like(params, 1.0)] * 9)  # Adam's steps for a constant gradient are the learning rate
+    shares = [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.5, 0]
+    np.testing.assert_allclose([step["kernel"][0] for step in steps], np.multiply(shares, -1e-3), rtol=1e-4)
+    np.testing.assert_allclose([step["temporal"]["kernel"][0] for step in steps], np.multiply(shares, -1e-2), rtol=1e-4)
+
+
+def test_without_decay_the_learning_rate_stays():
+    params = {"kernel": jnp.zeros(3)}
+    steps = updates(dataclasses.replace(PLAIN, decay=0.0), params, [like(params, 1.0)] * 8)
+    np.testing.assert_allclose([step["kernel"][0] for step in steps], -1e-3, rtol=1e-4)
+
+
+def test_large_gradients_are_clipped_to_the_norm_and_small_ones_are_not():
+    params = {"kernel": jnp.zeros(4)}
+    run = lambda first, second: updates(dataclasses.replace(PLAIN, clip=1.0), params, [like(params, first), like(params, second)])[1]["kernel"]
+    np.testing.assert_allclose(run(0.5, 100.0), run(0.5, 0.5), rtol=1e-5)  # four times 0.5 has norm 1
+    assert np.abs(run(0.05, 0.5) / run(0.05, 0.05) - 1).min() > 0.1
+
+
+# -------------------------------------------------------------------------------------------------------------- train step
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """(state, batch, autoencoder, constants): random frames, and parameters of which none is zero."""
+    autoencoder = nn.meta.unbox(make_autoencoder(TINY.autoencoder).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"])
+    model = TINY.model
+    frozen = Frozen(autoencoder, position_table(model), np.ones((model.text_tokens, model.text_width), np.float32), np.ones(model.pooled_width, np.float32))
+    generator = np.random.default_rng(0)
+    frames = lambda *lead: generator.integers(0, 256, (2, *lead, 32, 32, 3), np.uint8)
+    batch = Batch(target=frames(4), history=frames(2), source=frames(), driving=frames(4))
+    state = train_state.init_state(TINY, redrawn(fresh_params()))
+    return state, batch, autoencoder, train_state.constants_of(TINY, frozen)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "with_history"))
+def step_of(config, state, batch, autoencoder, constants, key, *, with_history):
+    return train_state.train_step(config, state, batch, autoencoder, constants, key, with_history=with_history)
+
+
+RUN = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, steps=100, learning_rate=3e-3, stage2=LevelConfig(0, 0, 0, 1)))  # history always
+
+
+def take_step(setting, *, state=None, batch=None, seed=0, with_history=True):
+    first, whole, autoencoder, constants = setting
+    return step_of(RUN, state or first, batch or whole, autoencoder, constants, jax.random.key(seed), with_history=with_history)
+
+
+def equal(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+def test_a_step_is_a_function_of_key_and_step(setting):
+    state, metrics = take_step(setting)
+    again, metrics_again = take_step(setting)
+    assert equal((state, metrics), (again, metrics_again))
+    assert state.step == 1
+    later = take_step(setting, state=setting[0].replace(step=jnp.int32(1)))[1]["loss"]
+    other_key = take_step(setting, seed=1)[1]["loss"]
+    assert len({float(metrics["loss"]), float(later), float(other_key)}) == 3
+
+
+@pytest.mark.parametrize("with_history", [False, True])
+def test_the_first_stage_ignores_history_and_the_second_does_not(setting, with_history):
+    batch = setting[1]
+    inverted = batch._replace(history=255 - batch.history)
+    same = equal(take_step(setting, with_history=with_history), take_step(setting, batch=inverted, with_history=with_history))
+    assert same != with_history
+
+
+def test_the_ema_ticks_once_per_step(setting):
+    state = setting[0]
+    expected = jax.tree.map(np.asarray, state.params)
+    for step in range(3):
+        state, _ = take_step(setting, state=state)
+        decay = min(TINY.train.ema, (1 + step) / (10 + step))
+        expected = jax.tree.map(lambda old, new, decay=decay: decay * old + (1 - decay) * np.asarray(new), expected, state.params)
+        assert state.step == step + 1
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6), state.ema, expected)
+    assert not equal(state.ema, state.params)
+
+
+def test_the_decay_of_the_ema_settles():
+    train = TrainConfig(ema=0.99)
+    np.testing.assert_allclose([train_state.ema_decay(train, jnp.int32(step)) for step in (0, 8, 100_000)], [0.1, 0.5, 0.99], rtol=1e-6)
+
+
+def test_loss_falls_on_a_repeated_batch(setting):
+    state, losses = train_state.init_state(TINY, fresh_params()), []
+    for _ in range(40):
+        state, metrics = take_step(setting, state=state)
+        losses.append(float(metrics["loss"]))
+        state = state.replace(step=jnp.int32(0))  # the same noise, too
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_what_counts_as_new():
+    new = jax.tree_util.tree_map_with_path(lambda path, _: train_state.is_new(path), fresh_params())
+    tops = {path[:2] for path, is_new in flatten_dict(new).items() if is_new}
+    assert tops == {("dual", "temporal"), ("plain", "temporal"), ("last", "temporal"), ("frame_encoding", "wide"), ("frame_encoding", "out")}
