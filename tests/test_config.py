@@ -27,7 +27,8 @@ SECTIONS = (c.ModelConfig, c.AutoencoderConfig, c.DataConfig, c.TrainConfig, c.S
         *((c.AutoencoderConfig, {name: 0}, f"autoencoder.{name}") for name in ("latent_channels", "blocks", "groups", "patch", "scale")),
         (c.AutoencoderConfig, {"kind": "other"}, "autoencoder.kind"),
         (c.AutoencoderConfig, {"channels": (100,)}, "autoencoder.channels"),
-        *((c.DataConfig, {name: 0}, f"data.{name}") for name in ("size", "frames", "history", "fps", "face_scale")),
+        *((c.DataConfig, {name: 0}, f"data.{name}") for name in ("size", "frames", "fps", "face_scale")),
+        (c.DataConfig, {"history": -1}, "data.history"),
         (c.DataConfig, {"region_margin": -0.1}, "data.region_margin"),
         (c.DataConfig, {"workers": -1}, "data.workers"),
         (c.DataConfig, {"frames": 4, "history": 4}, "data.history"),
@@ -77,7 +78,7 @@ def test_a_config_survives_json(path, tmp_path):
     "name, text, says",
     [
         ("missing.py", None, "does not exist"),
-        ("broken.json", "{", "is not JSON"),
+        ("broken.json", "{", "is not what a run has written"),
         ("unknown.json", '{"model": {"widht": 3}}', "widht"),
         ("impossible.json", '{"model": {"width": 0}}', "model.width=0"),
         ("notes.txt", "width: 3", "neither a .py nor a .json"),

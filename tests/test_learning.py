@@ -29,7 +29,7 @@ CONSTANTS = Constants(tokens.shifted_crops(tokens.position_table(MODEL), 2, 2), 
 @pytest.fixture(scope="module", autouse=True)
 def optimised():
     """Unlike the other tests, these run what they compile for long."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
