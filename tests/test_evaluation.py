@@ -54,7 +54,8 @@ def test_frame_change_is_relative_to_the_truth():
 def test_correlation():
     assert metrics.correlation(np.array([1.0, 2, 3]), np.array([1.0, 3, 2])) == pytest.approx(0.5)
     assert metrics.correlation(np.array([1.0, 2, 3]), np.array([30.0, 20, 10])) == pytest.approx(-1)
-    assert metrics.correlation(np.array([0.1, 0.1, 0.1]), np.array([1.0, 3, 2])) == 0
+    assert metrics.correlation(np.array([2.0, 2, 2]), np.array([1.0, 3, 2])) == 0  # and not 0 / 0
+    assert metrics.correlation(np.array([1.0, 3, 2]), np.array([2.0, 2, 2])) == 0
 
 
 def test_head_position_is_the_centroid_before_the_background():
