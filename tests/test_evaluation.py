@@ -56,6 +56,9 @@ def test_correlation():
     assert metrics.correlation(np.array([1.0, 2, 3]), np.array([30.0, 20, 10])) == pytest.approx(-1)
     assert metrics.correlation(np.array([2.0, 2, 2]), np.array([1.0, 3, 2])) == 0  # and not 0 / 0
     assert metrics.correlation(np.array([1.0, 3, 2]), np.array([2.0, 2, 2])) == 0
+    along, both = np.array([[0.0, 0], [4, 0]]), np.array([[1.0, 5], [7, 13]])
+    assert metrics.correlation(along, both) == pytest.approx(0.6)  # the cosine between (2, 0) and (3, 4)
+    assert metrics.correlation(both, 3 * both + 1) == pytest.approx(1)
 
 
 def test_head_position_is_the_centroid_before_the_background():
@@ -80,17 +83,21 @@ def test_colour_amount_counts_near_colours_in_part():
 
 
 def test_what_is_measured_on_the_truth_is_the_motion_that_was_drawn():
+    """The head also where tokens of 16 pixels flicker, as a model's output does: by 8 of 255, one standard deviation."""
     found = []
     for index in range(32):
         who = synthetic.identity(synthetic.split_seed("test", 2 * index, "identity"))
-        moves = synthetic.motion(synthetic.split_seed("test", index, "motion"), 40)
+        moves = synthetic.motion(synthetic.split_seed("test", index, "motion"), 39)
         frames, landmarks = synthetic.render_clip(who, moves, size=96)
         # The head leans about a point half a head unit below its middle, so that roll moves its middle, too.
-        middle = moves.x + 0.5 * synthetic.HEAD_UNIT * np.sin(moves.roll), moves.y + 0.5 * synthetic.HEAD_UNIT * (1 - np.cos(moves.roll))
-        measured = rendered.motion_of(frames, faces.regions(landmarks, margin=0.06))
-        found.append([metrics.correlation(*pair) for pair in zip(measured, (*middle, moves.mouth_open), strict=True)])
+        middle = np.stack([moves.x + 0.5 * synthetic.HEAD_UNIT * np.sin(moves.roll), moves.y + 0.5 * synthetic.HEAD_UNIT * (1 - np.cos(moves.roll))], 1)
+        head, mouth = rendered.motion_of(frames, faces.regions(landmarks, margin=0.06))
+        flicker = np.random.default_rng(index).normal(0, 8, (len(frames), 6, 6, 3)).repeat(16, 1).repeat(16, 2)
+        flickering = np.clip(frames + flicker, 0, 255).astype(np.uint8)
+        pairs = (head[:, 0], middle[:, 0]), (head[:, 1], middle[:, 1]), (head, middle), (metrics.head_position(flickering), head), (mouth, moves.mouth_open)
+        found.append([metrics.correlation(*pair) for pair in pairs])
     means = np.mean(found, axis=0)
-    assert (means >= 0.9).all(), means
+    np.testing.assert_array_less(0.93 * np.ones(5), means)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ Frames = UInt8[np.ndarray, "N H W 3"]
 # Where a portrait stands before its background, in sides of the frame: the head is above HEAD_ROWS and seldom within
 # EDGE of the left and right edges, where only the background is.
 HEAD_ROWS, EDGE_ROWS, EDGE = 0.7, 0.6, 0.08
-DIFFERENT = 10, 30  # of 255, in any channel: from where a pixel begins to be no background, to where it surely is none
+DIFFERENT = 30, 60  # of 255, in any channel: from where a pixel begins to be no background, to where it surely is none
 COLOUR_SPREAD = 30  # of 255: the standard deviation of the Gaussian that says how near a colour is
 
 
@@ -39,11 +39,15 @@ def frame_change_ratio(output: Frames, truth: Frames) -> float:
     return float(change(output) / expected)
 
 
-def correlation(a: Float[np.ndarray, " N"], b: Float[np.ndarray, " N"]) -> float:
-    """Pearson's correlation over time; 0 if either is constant, for then nothing was followed."""
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
+def correlation(a: Float[np.ndarray, "N *axes"], b: Float[np.ndarray, "N *axes"]) -> float:
+    """Pearson's correlation over time; 0 if either is constant, for then nothing was followed.
+
+    Of vectors, with inner products in place of products: an axis along which little moves counts little.
+    """
+    if not np.ptp(a, axis=0).any() or not np.ptp(b, axis=0).any():
         return 0.0
-    return float(np.corrcoef(a, b)[0, 1])
+    a, b = a - a.mean(0), b - b.mean(0)
+    return float((a * b).sum() / np.sqrt(np.square(a).sum() * np.square(b).sum()))
 
 
 def head_position(frames: Frames) -> Float[np.ndarray, "N 2"]:
@@ -54,7 +58,10 @@ def head_position(frames: Frames) -> Float[np.ndarray, "N 2"]:
     rows, columns = _centres(frames)
     head = frames[:, : int(HEAD_ROWS * len(rows))]
     difference = np.abs(head - _background(frames)[: head.shape[1]]).max(-1)
-    weight = np.clip((difference - DIFFERENT[0]) / (DIFFERENT[1] - DIFFERENT[0]), 0, 1) + 1e-9  # an empty frame has its middle
+    weight = np.clip((difference - DIFFERENT[0]) / (DIFFERENT[1] - DIFFERENT[0]), 0, 1)
+    # Skin may have the background's colour, but lies between hair, ears or outlines that do not.
+    enclosed = np.minimum(np.maximum.accumulate(weight, 2), np.maximum.accumulate(weight[:, :, ::-1], 2)[:, :, ::-1])
+    weight = enclosed + 1e-9  # an empty frame has its middle
     return np.stack([weight.sum(1) @ columns, weight.sum(2) @ rows[: head.shape[1]]], -1) / weight.sum((1, 2))[:, None]
 
 
