@@ -33,13 +33,14 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from svdp_jax.models.attention import attention, choose_backend
 
-platform, groups, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+platform = sys.argv[1]
+groups, length, heads, head_size = map(int, sys.argv[2:])
 if platform == "cuda":
     topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=os.environ["TARGET"])
 else:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=os.environ["TARGET"])
 on_device = SingleDeviceSharding(topology.devices[0])
-x = jax.ShapeDtypeStruct((1, groups, length, 24, 64), jnp.bfloat16, sharding=on_device)
+x = jax.ShapeDtypeStruct((1, groups, length, heads, head_size), jnp.bfloat16, sharding=on_device)
 lengths = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=on_device)
 backend = choose_backend(platform, x.shape, x.shape, x.dtype)
 run = lambda q, k, v, lengths: attention(q, k, v, lengths, backend=backend).astype(jnp.float32).sum()
@@ -50,32 +51,34 @@ print("calls", *sorted(set(re.findall(r"__cudnn[$]\\w+|splash_mha_[a-z]+", compi
 print("temp_bytes", compiled.memory_analysis().temp_size_in_bytes)
 """
 
-FULL_SIZE = [(16, 4042), (16, 4041), (1, 24624)]  # text + three images of 36 x 36 per frame; the same, odd; 19 frames together
+# groups, length, heads, head size: text + three images of 36 x 36 per frame; the same, odd; 19 frames together
+FULL_SIZE = [(16, 4042, 24, 64), (16, 4041, 24, 64), (1, 24624, 24, 64)]
+AUTOENCODER = (4, 5184, 1, 512)  # its attention, 72 x 72 latents
 
 
-def compile_for(platform: str, target: str, groups: int, length: int) -> dict[str, list[str]]:
+def compile_for(platform: str, target: str, *shape: int) -> dict[str, list[str]]:
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TARGET": target}
     if platform == "tpu":
         environment |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost"}
-    command = [sys.executable, "-c", COMPILE, platform, str(groups), str(length)]
+    command = [sys.executable, "-c", COMPILE, platform, *map(str, shape)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax[cuda13], no GPU")
-@pytest.mark.parametrize("groups, length", FULL_SIZE)
-def test_compiles_for_h100(groups, length):
-    result = compile_for("cuda", H100, groups, length)
+@pytest.mark.parametrize("shape", FULL_SIZE)
+def test_compiles_for_h100(shape):
+    result = compile_for("cuda", H100, *shape)
     assert result["backend"] == ["cudnn"]
     assert result["calls"] == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
     assert int(result["temp_bytes"][0]) < 2e9  # all scores in 16 bits: 12 GB and 29 GB
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs jax[tpu], no TPU")
-@pytest.mark.parametrize("groups, length", FULL_SIZE)
-def test_compiles_for_tpu_v5p(groups, length):
-    result = compile_for("tpu", "v5p:2x2x1", groups, length)
+@pytest.mark.parametrize("shape", [*FULL_SIZE, AUTOENCODER])
+def test_compiles_for_tpu_v5p(shape):
+    result = compile_for("tpu", "v5p:2x2x1", *shape)
     assert result["backend"] == ["pallas"]
     assert result["calls"] == ["splash_mha_dkv", "splash_mha_dq", "splash_mha_fwd"]
     assert int(result["temp_bytes"][0]) < 4e9
