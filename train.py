@@ -72,7 +72,7 @@ def main(config: Config, workdir: pathlib.Path) -> None:
             asked = time.perf_counter()
             batch = jax.device_put(next(batches), per_sample)
             waited += time.perf_counter() - asked
-            state, metrics = step_fn(config, state, batch, autoencoder, constants, key, with_history=step >= train.history_from_step)
+            state, metrics = step_fn(config, state, batch, autoencoder, constants, key, with_history=config.has_history(step))
             pending.append(metrics)
             steps_since += 1
             bar.update()

@@ -144,7 +144,10 @@ class LevelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Optimisation and its two stages: history is off before `history_from_step` and on from there."""
+    """Optimisation and its two stages: history is off before `history_from_step` and on from there.
+
+    A model without history (`data.history=0`) has the first stage alone, whatever `history_from_step` and `stage2` say.
+    """
 
     seed: int = 0
     batch: int = 32  # samples per step, over all devices
@@ -245,6 +248,10 @@ class Config:
             self.data.frames,
             f"must be a multiple of mesh.context={self.mesh.context}",
         )
+
+    def has_history(self, step: int) -> bool:
+        """Whether this step of training, counted from 0, belongs to the second stage."""
+        return self.data.history > 0 and step >= self.train.history_from_step
 
     @property
     def grid(self) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from svdp_jax import checkpoint
+from svdp_jax import checkpoint, pipeline, train_state
 from svdp_jax.data import faces, synthetic, video
 
 FRAMES, FPS = 6, Fraction(30000, 1001)  # two windows of 4, the second not full
@@ -96,6 +96,20 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(workdir, train_tiny, tmp_path
     jax.tree.map(np.testing.assert_array_equal, straight, again)
     for one, other in zip(metrics_of(workdir), metrics_of(resumed), strict=True):
         assert [one[name] for name in ("step", "loss", "grad_norm")] == [other[name] for name in ("step", "loss", "grad_norm")]
+
+
+def test_a_run_without_history_has_no_second_stage(train_tiny, tmp_path, monkeypatch):
+    compiled = []
+
+    def counts(config, state, *_, with_history):
+        compiled.append(with_history)
+        return state.replace(step=state.step + 1), {"loss": state.step, "grad_norm": state.step}
+
+    monkeypatch.setattr(train_state, "train_step", counts)
+    monkeypatch.setattr(pipeline, "contact_sheet", lambda *_: np.zeros((8, 8, 3), np.uint8))
+    train_tiny(tmp_path / "run", "--data.history", "0")
+    assert compiled == [False]
+    assert len(metrics_of(tmp_path / "run")) == 4
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,12 @@ def test_what_a_size_that_is_too_large_could_be_instead_works():
     assert c.Config(data=c.DataConfig(size=2048)).grid == 128
 
 
+def test_the_second_stage_begins_at_its_step_if_there_is_history():
+    train = c.TrainConfig(history_from_step=5)
+    assert [c.Config(train=train).has_history(step) for step in (0, 4, 5, 6)] == [False, False, True, True]
+    assert not any(c.Config(train=train, data=c.DataConfig(history=0)).has_history(step) for step in (0, 4, 5, 6))
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_a_config_survives_json(path, tmp_path):
     config = c.load_config(path)
