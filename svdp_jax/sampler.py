@@ -75,7 +75,7 @@ def sample_window(
     The device runs the steps in chunks, one ahead of the host, which calls `progress` with the steps of each that is done.
     """
     passes = guided_passes(sample.guidance, with_history=conditions.history is not None)
-    if model.config.dropped == "zero" and conditions.history is None:
+    if history and model.config.dropped == "zero" and conditions.history is None:
         conditions = conditions._replace(history=jnp.zeros_like(conditions.driving[:, :history]))
     levels, coefficients = tuple(passes), jnp.array(list(passes.values()), jnp.float32)
     noise_levels = jnp.array(flow.noise_levels(sample.steps, shift=sample.shift))

@@ -40,8 +40,8 @@ def signals(*, history=True, seed=0):
     return Conditions(normal((1, 2, 2, 3), 0), normal((1, 4, 2, 2, 3), 1), normal((1, 2, 2, 2, 3), 2) if history else None)
 
 
-def window(conditions, *, model=Formula(), params=0.5, sample=SAMPLE, key=3, constants=None, **kwargs):
-    return sampler.sample_window(model, params, constants, conditions, jax.random.key(key), sample=sample, history=2, **kwargs)
+def window(conditions, *, model=Formula(), params=0.5, sample=SAMPLE, key=3, constants=None, history=2, **kwargs):
+    return sampler.sample_window(model, params, constants, conditions, jax.random.key(key), sample=sample, history=history, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +140,13 @@ def test_zero_mode_gives_a_first_window_zeros_for_history():
     expected, _ = sampler.denoise(model, 0.5, None, z, zeros, levels, weights, jnp.int32(0), jnp.int32(5), levels=tuple(passes))
     np.testing.assert_array_equal(window(first, model=model), expected)
     assert np.abs(window(first) - expected).max() > 0.1, "zeros of history are seen, and not left out"
+
+
+def test_a_model_without_history_is_given_none_in_zero_mode_either():
+    models = Formula(ModelConfig(dropped="zero")), Formula()
+    one_pass = dataclasses.replace(SAMPLE, guidance=(1.0, 1.0, 1.0))  # in which nothing is dropped
+    zero, omit = (window(signals(history=False), model=model, sample=one_pass, history=0) for model in models)
+    np.testing.assert_array_equal(zero, omit)
 
 
 # ------------------------------------------------------------------------------------------------------------ the roll-out
