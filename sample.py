@@ -24,7 +24,7 @@ import tyro
 from tqdm import tqdm
 
 import svdp_jax
-from svdp_jax import checkpoint, pipeline
+from svdp_jax import checkpoint, cli, pipeline
 from svdp_jax.config import Config, ConfigError, load_config
 from svdp_jax.data import faces, inputs, video
 
@@ -70,6 +70,8 @@ def main(flags: Flags) -> None:
         raise ConfigError("--source and --driving go together; without both, the bundled pair is used")
     if flags.max_frames is not None and flags.max_frames < 1:
         raise ConfigError(f"--max-frames {flags.max_frames} must be at least 1")
+    if not 0 <= flags.seed < 2**32:
+        raise ConfigError(f"--seed {flags.seed} must be 0 to 2**32 - 1")
     bundled = flags.source is None
     source, driving = (DEMO / "source.png", DEMO / "driving.mp4") if bundled else (flags.source, flags.driving)
     config = read_config(flags)
@@ -179,8 +181,5 @@ def side_by_side(frames: Iterator[np.ndarray], prepared: inputs.Inputs, *, small
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Flags, description=__doc__))
-    except (ConfigError, video.MediaError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    with cli.messages(ConfigError, video.MediaError):
+        main(cli.parse(Flags(), sys.argv[1:], description=__doc__, prog="sample.py"))

@@ -6,18 +6,16 @@ Any field of the config, typed, by its dotted name. A workdir that holds checkpo
 
 import json
 import pathlib
-import sys
 import time
 
 import flax.linen as nn
 import imageio.v3 as iio
 import jax
 import numpy as np
-import tyro
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from svdp_jax import checkpoint, pipeline, sharding, train_state
+from svdp_jax import checkpoint, cli, pipeline, sharding, train_state
 from svdp_jax.config import Config, ConfigError, load_config
 from svdp_jax.data import clips, loader
 from svdp_jax.data.video import MediaError
@@ -117,23 +115,16 @@ def new_frozen(config: Config) -> Frozen:
 
 def parse() -> tuple[Config, pathlib.Path]:
     """--config and --workdir, and every field of the config by name."""
-    arguments = sys.argv[1:]
-    paths = {}
-    for name in ("--config", "--workdir"):
-        if name in arguments[:-1]:
-            at = arguments.index(name)
-            paths[name] = pathlib.Path(arguments[at + 1])
-            del arguments[at : at + 2]
-    helped = {"--help", "-h"} & set(arguments)
-    if len(paths) < 2 and not helped:
+    parser = cli.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=pathlib.Path)
+    parser.add_argument("--workdir", type=pathlib.Path)
+    paths, arguments = parser.parse_known_args()
+    if not (paths.config and paths.workdir) and not {"--help", "-h"} & set(arguments):
         raise ConfigError("train.py needs --config FILE (as configs/demo.py) and --workdir DIR")
-    default = load_config(paths.get("--config", "configs/demo.py"))
-    return tyro.cli(Config, default=default, args=arguments, description=__doc__, prog="train.py --config FILE --workdir DIR"), paths["--workdir"]
+    default = load_config(paths.config or "configs/demo.py")
+    return cli.parse(default, arguments, description=__doc__, prog="train.py --config FILE --workdir DIR"), paths.workdir
 
 
 if __name__ == "__main__":
-    try:
+    with cli.messages(ConfigError, MediaError):
         main(*parse())
-    except (ConfigError, MediaError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)

@@ -9,11 +9,9 @@ checkpoint holds `config.json`, `frozen/` and `weights/`, the EMA parameters alo
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import pathlib
-import sys
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from svdp_jax import cli
 from svdp_jax.config import Config, ConfigError, load_config, to_dict
 from svdp_jax.train_state import TrainState, init_params
 from svdp_jax.types import Frozen
@@ -148,7 +147,7 @@ def inspect(directory: pathlib.Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m svdp_jax.checkpoint", description="Look into a checkpoint, or make a small one to sample from.")
+    parser = cli.ArgumentParser(prog="python -m svdp_jax.checkpoint", description="Look into a checkpoint, or make a small one to sample from.")
     commands = parser.add_subparsers(dest="command", required=True)
     look = commands.add_parser("inspect", help="what it holds")
     look.add_argument("directory", type=pathlib.Path)
@@ -157,15 +156,12 @@ def main() -> None:
     out.add_argument("output", type=pathlib.Path)
     out.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights in the file")
     flags = parser.parse_args()
-    try:
+    with cli.messages(ConfigError):
         if flags.command == "inspect":
             print(inspect(flags.directory))
         else:
             export(flags.directory, flags.output, dtype=flags.dtype)
             print(f"wrote {flags.output}")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,16 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import pathlib
 from typing import Any, Literal, get_type_hints
 
 
-class ConfigError(ValueError):
-    """A field has a value that cannot work. The command lines print it as one line and exit with status 2."""
+class ConfigError(Exception):
+    """A field has a value that cannot work. The command lines print it as one line and exit with status 2.
+
+    No ValueError: tyro takes that for a value of the wrong type.
+    """
 
 
 def _check(holds: bool, field: str, value: Any, problem: str) -> None:
@@ -174,6 +178,7 @@ class TrainConfig:
     def __post_init__(self):
         _positive(self, "batch steps learning_rate learning_rate_new clip time_shift log_every sample_every checkpoint_every keep")
         _choices(self)
+        _check(0 <= self.seed < 2**32, "train.seed", self.seed, "must be 0 to 2**32 - 1")  # JAX drops what is above
         _check(0 <= self.ema < 1, "train.ema", self.ema, "must be at least 0 and less than 1")
         _check(0 <= self.decay <= 1, "train.decay", self.decay, "must be a share, 0 to 1")
         _check(self.warmup >= 0, "train.warmup", self.warmup, "must not be negative")
@@ -196,6 +201,7 @@ class SampleConfig:
 
     def __post_init__(self):
         _positive(self, "steps shift chunk")
+        _check(all(map(math.isfinite, self.guidance)), "sample.guidance", self.guidance, "must be finite")
 
 
 @dataclasses.dataclass(frozen=True)

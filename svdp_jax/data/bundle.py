@@ -7,12 +7,12 @@ writes source.png, source.npz, driving.mp4 and driving.npz: pair 0 of the held-o
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 from fractions import Fraction
 
 import imageio.v3 as iio
 
+from svdp_jax import cli
 from svdp_jax.data import faces, synthetic, video
 
 PAIR = 0
@@ -33,6 +33,7 @@ def write_bundle(directory: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m svdp_jax.data.bundle", description=__doc__.split("\n", 1)[0])
+    parser = cli.ArgumentParser(prog="python -m svdp_jax.data.bundle", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--output", type=pathlib.Path, required=True, help="directory for the four files")
-    write_bundle(parser.parse_args().output)
+    with cli.messages(video.MediaError):
+        write_bundle(parser.parse_args().output)

@@ -25,7 +25,6 @@ import dataclasses
 import json
 import pathlib
 import platform
-import sys
 import time
 from collections.abc import Callable
 from fractions import Fraction
@@ -40,7 +39,7 @@ from jaxtyping import Float, Float32, Key, UInt8
 from tqdm import tqdm
 
 import svdp_jax
-from svdp_jax import checkpoint, sampler, train_state
+from svdp_jax import checkpoint, cli, sampler, train_state
 from svdp_jax.config import Config, ConfigError, DataConfig
 from svdp_jax.data import faces, loader, synthetic, video
 from svdp_jax.evaluation import metrics
@@ -217,11 +216,8 @@ def write_animation(
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; see --help."""
-    try:
+    with cli.messages(ConfigError, video.MediaError):
         evaluate(parse(arguments))
-    except (ConfigError, video.MediaError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
 
 
 def evaluate(flags: argparse.Namespace) -> None:
@@ -294,7 +290,7 @@ def check(flags: argparse.Namespace) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.ArgumentParser(
         prog="python -m svdp_jax.evaluation.rendered",
         description="Animate held-out rendered portraits and measure how well; prints a table with targets and, last, a line of JSON.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

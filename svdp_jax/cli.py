@@ -1,0 +1,114 @@
+"""Command lines: arguments to values, and what a user got wrong to one line on stderr and exit status 2.
+
+`parse` reads a dataclass by tyro, `ArgumentParser` is argparse; both name the argument that is wrong, and what it takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
+
+from svdp_jax.config import ConfigError
+
+Values = TypeVar("Values")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that tells a mistake in one line, without its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; {self.prog} --help explains\n")
+
+
+@contextlib.contextmanager
+def messages(*mistakes: type[Exception]) -> Iterator[None]:
+    """Around a command line: an exception of these types becomes one line on stderr and exit status 2."""
+    try:
+        yield
+    except mistakes as problem:
+        print(f"error: {' '.join(str(problem).splitlines())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(default: Values, arguments: list[str], *, description: str, prog: str) -> Values:
+    """`default`, a dataclass, with the fields that `arguments` give by their dotted names. --help prints and exits.
+
+    ConfigError where an argument is unknown or has a value of another type, and whatever the dataclass itself raises.
+    """
+
+    def read(arguments: list[str]) -> tuple[Values, list[str]]:
+        with contextlib.redirect_stderr(io.StringIO()):  # where tyro draws a box of many lines
+            return tyro.cli(type(default), default=default, args=arguments, description=description, prog=prog, return_unknown_args=True)
+
+    try:
+        values, unknown = read(arguments)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise ConfigError(_wrong_value(type(default), next(filter(lambda flag: _fails(read, flag), _split(arguments)), arguments))) from None
+    if unknown:
+        raise ConfigError(_unknown(type(default), unknown[0]))
+    return values
+
+
+def _split(arguments: list[str]) -> list[list[str]]:
+    """Each flag with its values."""
+    starts = [number for number, argument in enumerate(arguments) if number == 0 or re.match("--?[a-z]", argument)]
+    return [arguments[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
+
+
+def _fails(read: Any, flag: list[str]) -> bool:
+    """Whether a flag cannot be read by itself. That its value does not go with the other fields is no matter here."""
+    try:
+        read(flag)
+    except SystemExit:
+        return True
+    except ConfigError:
+        return False
+    return False
+
+
+def _wrong_value(cls: type, flag: list[str]) -> str:
+    hint = _flags(cls).get(flag[0].split("=")[0].replace("_", "-"))
+    return f"{' '.join(flag)}: takes {_takes(hint)}; --help explains it"
+
+
+def _unknown(cls: type, argument: str) -> str:
+    if not argument.startswith("-"):
+        return f"{argument}: no flag takes it; --help lists what each takes"
+    close = difflib.get_close_matches(argument.split("=")[0].replace("_", "-"), _flags(cls), n=1, cutoff=0.75)
+    return f"unknown flag {argument}; {f'did you mean {close[0]}? ' if close else ''}--help lists all"
+
+
+def _flags(cls: type, prefix: str = "--") -> dict[str, Any]:
+    """Flag -> type of what it sets, of a dataclass and those in it."""
+    flags = {}
+    for name, hint in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            flags |= _flags(hint, f"{prefix}{name}.")
+        else:
+            flags[prefix + name.replace("_", "-")] = hint
+            if hint is bool:
+                flags[f"{prefix}no-{name.replace('_', '-')}"] = hint
+    return flags
+
+
+def _takes(hint: Any) -> str:
+    """What a flag of this type takes, in words."""
+    parts = get_args(hint)
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(parts)}"
+    if get_origin(hint) is tuple:
+        return f"{'any number of' if parts[-1] is ... else len(parts)} values, each {_takes(parts[0])}"
+    if type(None) in parts:
+        return _takes(next(part for part in parts if part is not type(None)))
+    return {int: "a whole number", float: "a number", bool: "no value"}.get(hint, "a value")
