@@ -12,7 +12,7 @@ import pytest
 from configs import tiny
 from svdp_jax import checkpoint, pipeline, train_state
 from svdp_jax.config import DataConfig, SampleConfig
-from svdp_jax.data import faces, loader, synthetic
+from svdp_jax.data import drawing, faces, loader, synthetic
 from svdp_jax.evaluation import metrics, rendered
 from svdp_jax.models.autoencoder import fit_linear
 from svdp_jax.models.tokens import position_table
@@ -90,7 +90,7 @@ def test_what_is_measured_on_the_truth_is_the_motion_that_was_drawn():
         moves = synthetic.motion(synthetic.split_seed("test", index, "motion"), 39)
         frames, landmarks = synthetic.render_clip(who, moves, size=96)
         # The head leans about a point half a head unit below its middle, so that roll moves its middle, too.
-        middle = np.stack([moves.x + 0.5 * synthetic.HEAD_UNIT * np.sin(moves.roll), moves.y + 0.5 * synthetic.HEAD_UNIT * (1 - np.cos(moves.roll))], 1)
+        middle = np.stack([moves.x + 0.5 * drawing.HEAD_UNIT * np.sin(moves.roll), moves.y + 0.5 * drawing.HEAD_UNIT * (1 - np.cos(moves.roll))], 1)
         head, mouth = rendered.motion_of(frames, faces.regions(landmarks, margin=0.06))
         flicker = np.random.default_rng(index).normal(0, 8, (len(frames), 6, 6, 3)).repeat(16, 1).repeat(16, 2)
         flickering = np.clip(frames + flicker, 0, 255).astype(np.uint8)

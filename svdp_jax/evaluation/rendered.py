@@ -41,7 +41,7 @@ from tqdm import tqdm
 import svdp_jax
 from svdp_jax import checkpoint, cli, sampler, train_state
 from svdp_jax.config import Config, ConfigError, DataConfig
-from svdp_jax.data import faces, loader, synthetic, video
+from svdp_jax.data import drawing, faces, loader, synthetic, video
 from svdp_jax.evaluation import metrics
 from svdp_jax.models.autoencoder import make_autoencoder, to_bytes, to_unit
 from svdp_jax.types import Frozen
@@ -142,7 +142,7 @@ def motion_of(frames: UInt8[np.ndarray, "N H W 3"], boxes: Float32[np.ndarray, "
     """What pixels say of the motion: where the head is, and how much of the inside of the mouth is seen."""
     # One box for the clip: a box that went with the true mouth would let its motion into what is measured.
     mouth = np.concatenate([boxes[:, 3, :2].min(0), boxes[:, 3, 2:].max(0)])
-    return metrics.head_position(frames), metrics.colour_amount(frames, synthetic.MOUTH_INSIDE, mouth)
+    return metrics.head_position(frames), metrics.colour_amount(frames, drawing.MOUTH_INSIDE, mouth)
 
 
 def summary(clips: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
