@@ -1,4 +1,4 @@
-"""Command lines: arguments to values, and what a user got wrong to one line on stderr and exit status 2.
+"""Command lines: arguments to values, warnings to one line each, and what a user got wrong to one line and exit status 2.
 
 `parse` reads a dataclass by tyro, `ArgumentParser` is argparse; both name the argument that is wrong, and what it takes.
 """
@@ -12,6 +12,7 @@ import difflib
 import io
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -31,12 +32,21 @@ class ArgumentParser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def messages(*mistakes: type[Exception]) -> Iterator[None]:
-    """Around a command line: an exception of these types becomes one line on stderr and exit status 2."""
+    """Around a command line: an exception of these types becomes one line on stderr and exit status 2, a warning one line."""
+    before, warnings.formatwarning = warnings.formatwarning, _warning_line
     try:
         yield
     except mistakes as problem:
         print(f"error: {' '.join(str(problem).splitlines())}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        warnings.formatwarning = before
+
+
+def _warning_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """Ours are plain UserWarnings, and where in the code they come from is no user's matter."""
+    place = "" if category is UserWarning else f" ({category.__name__}, {filename}:{lineno})"
+    return f"warning: {' '.join(str(message).splitlines())}{place}\n"
 
 
 def parse(default: Values, arguments: list[str], *, description: str, prog: str) -> Values:

@@ -11,6 +11,7 @@ import imageio.v3 as iio
 import jax
 import numpy as np
 import pytest
+import skimage.data
 from conftest import ROOT
 
 from svdp_jax import checkpoint, pipeline, train_state
@@ -260,8 +261,7 @@ def test_a_mistake_is_one_line_before_any_weight_is_loaded(case, named, script, 
             flags["--steps"] = 0
         case "landmarker":
             flags |= {"--source": tmp_path / "bare.png", "--landmarker": "face.onnx"}
-    with pytest.warns(UserWarning) if case == "no face" else pytest.MonkeyPatch.context():
-        status, _, err = script("sample.py", *(part for flag in flags.items() for part in flag))
+    status, _, err = script("sample.py", *(part for flag in flags.items() for part in flag))
     (line,) = err.splitlines()
     assert status == 2
     assert line.startswith("error: ") and named in line
@@ -325,8 +325,12 @@ def test_weights_that_cannot_be_read_are_one_line(script, media, workdir, tmp_pa
     assert line.startswith("error: ") and "broken" in line
 
 
-def test_the_process_really_exits_with_2(python, tmp_path):
-    done = python("sample.py", "--source", tmp_path / "nowhere.png", "--driving", tmp_path / "nowhere.mp4", "--output", tmp_path / "out")
-    (line,) = done.stderr.splitlines()
+def test_the_process_says_one_line_per_warning_and_exits_with_2(python, tmp_path):
+    iio.imwrite(tmp_path / "driver.png", skimage.data.astronaut())
+    iio.imwrite(tmp_path / "grey.png", np.full((64, 64, 3), 128, np.uint8))
+    given = ["--source", tmp_path / "grey.png", "--driving", tmp_path / "driver.png", "--output", tmp_path / "out"]
+    done = python("sample.py", *given, SVDP_FACE_LANDMARKER="")
+    warning, error = done.stderr.splitlines()
     assert done.returncode == 2
-    assert line.startswith("error: ") and "nowhere.png" in line
+    assert warning.startswith("warning: no landmarker given")
+    assert error.startswith("error: ") and "grey.png" in error

@@ -242,16 +242,18 @@ def test_landmark_files(tmp_path):
 
 def test_the_cascade_finds_the_face_and_says_once_that_it_tracks_no_expression(monkeypatch):
     monkeypatch.delenv("SVDP_FACE_LANDMARKER", raising=False)
-    with pytest.warns(UserWarning, match="expressions are not tracked") as caught:
-        detector = faces.make_detector(None)
-        astronaut = skimage.data.astronaut()
-        found = detector(astronaut)
+    detector, astronaut = faces.make_detector(None), skimage.data.astronaut()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert detector(np.zeros((100, 80, 3), np.uint8)).shape == (0, 68, 2)
+    with pytest.warns(UserWarning, match="expressions are not tracked") as caught:
+        warnings.simplefilter("default")
+        found = detector(astronaut)
+        twice = detector(np.concatenate([astronaut[40:200, 150:310]] * 2, axis=1))
     assert len(caught) == 1 and found.shape == (1, 68, 2) and found.dtype == np.float32
     # Where they are on that photograph.
     centres = [found[0, part].mean(axis=0) for part in (LEFT_EYE, RIGHT_EYE, MOUTH)]
     np.testing.assert_allclose(centres, [[246, 103], [204, 100], [223, 146]], atol=8)
-    twice = detector(np.concatenate([astronaut[40:200, 150:310]] * 2, axis=1))
     assert len(twice) == 2
 
 
@@ -303,10 +305,9 @@ def test_mediapipe_on_real_faces():
 
 
 @needs_media
+@pytest.mark.filterwarnings("ignore:no landmarker given")
 def test_cascade_on_real_faces():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        detector = faces.cascade_detector()
+    detector = faces.cascade_detector()
     for name in ("s5.jpg", "s6.jpg", "s7.jpg"):
         image = video.read_image(MEDIA / "source" / name)
         box = faces.face_box(faces.find_face(image, detector))

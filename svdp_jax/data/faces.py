@@ -216,7 +216,7 @@ def make_detector(landmarker: str | os.PathLike | None) -> Detector:
     """The detector for `landmarker`, or else for the environment's SVDP_FACE_LANDMARKER: a .task file (MediaPipe), a .npz file
     (landmarks of each frame in turn); without either, the cascade."""
     landmarker = landmarker or os.environ.get("SVDP_FACE_LANDMARKER")
-    if landmarker is None:
+    if not landmarker:
         return cascade_detector()
     match pathlib.Path(landmarker).suffix:
         case ".task":
@@ -265,8 +265,7 @@ def precomputed_detector(landmarks: Float32[np.ndarray, "N K 2"]) -> Detector:
 
 
 def cascade_detector() -> Detector:
-    """scikit-image's cascade of frontal faces, and in each face 68 landmarks where an average, still face has them."""
-    warnings.warn("no landmarker given: faces are found, expressions are not tracked; give face_landmarker.task (see README)", stacklevel=2)
+    """scikit-image's cascade of frontal faces, and in each face 68 landmarks where an average, still face has them: warns of that."""
     cascade = Cascade(lbp_frontal_face_cascade_filename())
     average = average_face()
 
@@ -281,6 +280,8 @@ def cascade_detector() -> Detector:
             if not any((box[:2] <= middle).all() and (middle <= box[:2] + box[2]).all() for box in boxes):  # else a second find of one face
                 boxes.append(np.array([x, y, side]))
         faces = [(average * box[2] + box[:2]) / shrink - 0.5 for box in boxes]
+        if faces:  # with none there is an error to come, which says the same
+            warnings.warn("no landmarker given: faces are found, expressions are not tracked; give face_landmarker.task (see README)", stacklevel=1)
         return np.array(faces, np.float32).reshape(-1, 68, 2)
 
     return detect

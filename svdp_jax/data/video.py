@@ -74,7 +74,8 @@ def read_frames(path: str | os.PathLike) -> Iterator[UInt8[np.ndarray, "H W 3"]]
     """Frames of a video, one every 1/fps seconds, upright; of a still image, that image.
 
     Frames that are not evenly spaced are brought to the average rate, and a neighbour stands in for a frame that
-    cannot be decoded, so that audio stays in time; each gives one warning. MediaError where there is no frame at all.
+    cannot be decoded, so that audio stays in time; each gives one warning, however often a file is read. MediaError where
+    there is no frame at all.
     """
     path = _existing(path)
     if _is_still(path):
@@ -83,7 +84,7 @@ def read_frames(path: str | os.PathLike) -> Iterator[UInt8[np.ndarray, "H W 3"]]
     with _open_video(path) as container:
         timing = _timing(container, path)
     if not timing.even:
-        warnings.warn(f"{path}: frames are not evenly spaced; resampled to their average rate, {float(timing.fps):.3f} fps", stacklevel=2)
+        warnings.warn(f"{path}: frames are not evenly spaced; resampled to their average rate, {float(timing.fps):.3f} fps", stacklevel=1)
     decoded, due = 0, 0  # frames read; number of the next frame to give
     shape = frame = None
     with _open_video(path) as container:
@@ -104,7 +105,7 @@ def read_frames(path: str | os.PathLike) -> Iterator[UInt8[np.ndarray, "H W 3"]]
         raise MediaError(f"{path}: no frame can be decoded; re-encode it, e.g. to H.264 in an mp4 file")
     expected = max(timing.packets, timing.promised)
     if decoded < expected:
-        warnings.warn(f"{path}: {decoded} of {expected} frames can be read; the file is cut off or damaged", stacklevel=2)
+        warnings.warn(f"{path}: {decoded} of {expected} frames can be read; the file is cut off or damaged", stacklevel=1)
 
 
 def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
