@@ -26,6 +26,7 @@ from svdp_jax.train_state import TrainState, init_params
 from svdp_jax.types import Frozen
 
 CONFIG, FROZEN, STEPS, WEIGHTS = "config.json", "frozen", "checkpoints", "weights"
+COMMITTED = "commit_success.txt"
 
 
 def write_config(directory: pathlib.Path, config: Config) -> None:
@@ -56,16 +57,19 @@ def restore(checkpoints: ocp.CheckpointManager, state: TrainState) -> TrainState
 
 
 def save_tree(directory: pathlib.Path, tree: Any) -> None:
-    """A tree of arrays as a directory of its own; an older one is replaced."""
+    """A tree of arrays as a directory of its own, which may be moved; an older one is replaced."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory.absolute(), tree, force=True)
+    (directory / COMMITTED).write_text("committed\n")  # orbax wrote where, on the machine it ran on
 
 
-def load_tree(directory: pathlib.Path) -> Any:
-    """A tree saved by `save_tree`, as numpy arrays."""
-    checkpointer = ocp.PyTreeCheckpointer()
-    arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), checkpointer.metadata(directory.absolute()).item_metadata.tree)
-    return checkpointer.restore(directory.absolute(), restore_args=arrays)
+def load_tree(directory: pathlib.Path, *, part: str | None = None) -> Any:
+    """A saved tree, as numpy arrays; where it has a branch named `part`, that branch alone is read."""
+    handler = ocp.PyTreeCheckpointHandler()  # a checkpointer would warn that a part of a training step has no metadata of a step
+    found = handler.metadata(directory.absolute()).tree
+    wanted = jax.tree.map(lambda _: 0, {part: found[part]} if part in found else found)
+    arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    return handler.restore(directory.absolute(), args=ocp.args.PyTreeRestore(item=wanted, restore_args=arrays, partial_restore=True))
 
 
 def save_frozen(directory: pathlib.Path, frozen: Frozen) -> None:
@@ -94,11 +98,11 @@ def load_weights(directory: pathlib.Path) -> tuple[Config, Any, Frozen]:
             raise ConfigError(f"{directory} holds neither {WEIGHTS}/ nor a finished step in {STEPS}/: train longer, or give another directory")
         weights = directory / STEPS / str(steps[-1]) / "state"
     try:
-        tree = load_tree(weights)
+        tree = load_tree(weights, part="ema")
         frozen = load_frozen(directory)
     except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:  # orbax has a different one for each missing file
         raise ConfigError(f"checkpoint {directory} cannot be read: {first_line(error)}") from error
-    params = tree["ema"] if "ema" in tree else tree
+    params = tree.get("ema", tree)
     check_shapes(directory, config, params)
     return config, jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params), frozen
 

@@ -47,6 +47,20 @@ def test_an_export_holds_the_ema_in_its_type(workdir, tmp_path, dtype):
     assert_equal(frozen._asdict(), frozen_before._asdict())
 
 
+def test_an_export_says_nothing_of_the_machine_that_wrote_it(workdir, tmp_path):
+    checkpoint.export(workdir, tmp_path / "exported", dtype="float32")
+    files = [path for path in (tmp_path / "exported").rglob("*") if path.is_file()]
+    assert any(path.name == "commit_success.txt" for path in files)
+    assert not [path for path in files if str(tmp_path).encode() in path.read_bytes()]
+
+
+def test_weights_are_read_without_a_word_and_without_the_optimizer(workdir, caplog):
+    with caplog.at_level("WARNING"):
+        checkpoint.load_weights(workdir)
+    assert not caplog.records
+    assert set(checkpoint.load_tree(workdir / "checkpoints" / "8" / "state", part="ema")) == {"ema"}
+
+
 def test_another_config_does_not_restore(workdir):
     config, *_ = checkpoint.load_weights(workdir)
     for changes in {"width": 64}, {"depth": 5}, {"dual_blocks": 0}:
