@@ -1,3 +1,4 @@
+import io
 import tracemalloc
 import warnings
 import weakref
@@ -78,6 +79,13 @@ def test_encode_decode(count, strict):
     assert decoded.shape == frames.shape and decoded.dtype == np.uint8
     difference = decoded.astype(int) - frames
     assert np.abs(difference).mean() < 1 and abs(difference.mean()) < 0.3  # no darker, no brighter
+
+
+def test_decoded_frames_do_not_depend_on_those_before():
+    data = video.encode(clip(6), fps=NTSC)
+    with av.open(io.BytesIO(data)) as container:
+        apart = [frame.to_ndarray(format="rgb24", **video._CONVERSION) for frame in container.decode(video=0)]
+    np.testing.assert_array_equal(video.decode(data), apart)
 
 
 def test_encode_and_decode_name_what_is_wrong():

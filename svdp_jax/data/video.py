@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import av
 import numpy as np
-from av.video.reformatter import Colorspace, Interpolation
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
@@ -194,7 +194,8 @@ def decode(data: bytes) -> UInt8[np.ndarray, "N H W 3"]:
     damaged = sum(frame.is_corrupt for frame in decoded)
     if damaged or not decoded:
         raise MediaError(f"video of {len(data)} bytes: {damaged} of {len(decoded)} frames are damaged; write the record again")
-    return np.stack([frame.to_ndarray(format="rgb24", **_CONVERSION) for frame in decoded])
+    converter = VideoReformatter()  # one for all: a frame's own, set up anew each time, takes as long as decoding
+    return np.stack([converter.reformat(frame, format="rgb24", **_CONVERSION).to_ndarray() for frame in decoded])
 
 
 def _encode_into(container: av.container.OutputContainer, frames: Iterable[np.ndarray], *, fps: Fraction, crf: int, threads: int) -> int:
