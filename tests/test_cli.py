@@ -166,11 +166,35 @@ def test_sampling_writes_the_video_and_how_it_was_made(sample, workdir, tmp_path
         with av.open(str(tmp_path / "out" / name)) as file:
             assert "synthesised" in file.metadata["comment"]
             assert checkpoint.fingerprint(workdir) in file.metadata["comment"]
+            assert not file.streams.audio  # the driver has none
     record = json.loads((tmp_path / "out" / names[0]).read_text())
     assert "synthesised" in record["note"]
     assert record["checkpoint"] == checkpoint.fingerprint(workdir)
     assert record["version"].startswith("svdp_jax ")
     assert (record["seed"], record["frames"], record["fps"], record["steps"]) == (42, FRAMES, str(FPS), 2)
+
+
+def test_the_drivers_sound_is_in_both_videos(sample, media, tmp_path):
+    speech = tmp_path / "speech.mp4"
+    with av.open(str(speech), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        wave = np.sin(np.arange(16000) * 0.1).astype(np.float32)[None]
+        sound = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+        sound.sample_rate = 16000
+        container.mux(stream.encode(sound) + stream.encode())
+    driver = tmp_path / "talk.mp4"
+    video.write_video(driver, video.read_frames(media / "motion.mp4"), fps=FPS, metadata={}, audio_from=speech)
+    shutil.copy(media / "motion.npz", tmp_path / "talk.npz")
+    sample(tmp_path / "out", "--driving", driver)
+
+    def packets(path):
+        with av.open(str(path)) as container:
+            return [bytes(packet) for packet in container.demux(audio=0) if packet.dts is not None]
+
+    said = packets(driver)
+    assert len(said) > 2
+    for name in "portrait--talk.mp4", "portrait--talk_concat.mp4":
+        assert packets(tmp_path / "out" / name) == said
 
 
 def test_the_seed_makes_the_video_and_so_does_guidance(sample, tmp_path):
