@@ -53,6 +53,8 @@ def test_names_become_the_mesh_axes_of_the_strategy():
     assert spec("dp") == PartitionSpec(None, None, None)
     assert spec("fsdp") == PartitionSpec(None, "fsdp", None)
     assert spec("fsdp_tensor") == PartitionSpec(None, "fsdp", "tensor")
+    attention = boxed((8, 3, 4, 16), "embed", "qkv", "heads", "head_size")
+    assert sharding.shardings_of(attention, mesh, "fsdp_tensor")["kernel"].spec == PartitionSpec("fsdp", None, "tensor", None)
 
 
 def test_a_name_without_a_rule_is_an_error():
