@@ -131,6 +131,13 @@ def test_the_first_stage_ignores_history_and_the_second_does_not(setting, with_h
     assert same != with_history
 
 
+@pytest.mark.parametrize("signal", ["source", "driving"])
+def test_source_and_driver_are_seen(setting, signal):
+    batch = setting[1]
+    inverted = batch._replace(**{signal: 255 - getattr(batch, signal)})
+    assert take_step(setting)[1]["loss"] != take_step(setting, batch=inverted)[1]["loss"]
+
+
 def test_the_ema_ticks_once_per_step(setting):
     state = setting[0]
     expected = jax.tree.map(np.asarray, state.params)
