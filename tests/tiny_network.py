@@ -27,7 +27,7 @@ def redrawn(params, *, seed=0, temporal=True):
     """`params` in which all that starts at zero (gates, biases, modulation and final kernels) is drawn from N(0, 0.2).
 
     At the start the gates of the temporal blocks are zero, so that a broken block would go unseen. `temporal=False` leaves
-    these gates, and only these, at zero.
+    these gates, and only these, as they are.
     """
     generator = np.random.default_rng(seed)
     drawn = {}
@@ -36,7 +36,7 @@ def redrawn(params, *, seed=0, temporal=True):
         if not value.any():
             value = 0.2 * generator.normal(size=value.shape).astype(np.float32)
         if not temporal and "temporal" in path and "modulation" in path:
-            value[..., 2, :] = 0  # shift, scale, gate
+            value[..., 2, :] = leaf[..., 2, :]  # shift, scale, gate
         drawn[path] = jnp.asarray(value)
     return unflatten_dict(drawn)
 
