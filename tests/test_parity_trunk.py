@@ -75,18 +75,18 @@ def to_params(state):
         kernel, bias = take(key)
         kernel, bias = kernel.reshape(width, -1, width), bias.reshape(-1, width)
         order = [1, 0] if swap else slice(None)  # diffusers stores scale, shift where the original has shift, scale
-        put((*path, "kernel"), kernel[:, order], bias[order])
+        put((*path, "linear"), kernel[:, order], bias[order])
 
     def qkv(path, keys, norms):
         kernels, biases = zip(*[take(key) for key in keys], strict=True)
         kernel = np.stack([kernel.reshape(width, heads, size) for kernel in kernels], axis=1)
-        put((*path, "kernel"), kernel, np.stack([bias.reshape(heads, size) for bias in biases]))
+        put((*path, "linear"), kernel, np.stack([bias.reshape(heads, size) for bias in biases]))
         for name, key in zip(("q_norm", "k_norm"), norms, strict=True):
             params[(*path, name)] = state.pop(f"{key}.weight")
 
     def output(path, key):
         kernel, bias = take(key)
-        put((*path, "kernel"), kernel.reshape(heads, size, width), bias)
+        put((*path, "linear"), kernel.reshape(heads, size, width), bias)
 
     def mlp(path, key):
         linear((*path, "wide"), f"{key}.net.0.proj")

@@ -276,17 +276,17 @@ def test_temporal_block_by_hand(moment):
     sizes = (CONFIG.heads, CONFIG.head_size)
 
     def modulated(x, c, code):
-        shift, scale, gate = jnp.moveaxis(jnp.tensordot(nn.silu(c), params["modulation"]["kernel"]["kernel"], 1) + params["modulation"]["kernel"]["bias"], 1, 0)
+        shift, scale, gate = jnp.moveaxis(jnp.tensordot(nn.silu(c), params["modulation"]["linear"]["kernel"], 1) + params["modulation"]["linear"]["bias"], 1, 0)
         return layer_norm(x) * (1 + scale[:, None, None]) + shift[:, None, None] + code[:, None], gate[:, None, None]
 
     clean, gate = modulated(z, shared.c, shared.frame_code)
     past, past_gate = modulated(history, shared.c_history, shared.history_code)
     x = jnp.concatenate([clean, past], axis=1).reshape(BATCH, -1, CONFIG.width)
-    q, k, v = (linear(jax.tree.map(lambda leaf, i=i: leaf[..., i, :, :].reshape(*leaf.shape[:-3], -1), params["qkv"]["kernel"]), x) for i in range(3))
+    q, k, v = (linear(jax.tree.map(lambda leaf, i=i: leaf[..., i, :, :].reshape(*leaf.shape[:-3], -1), params["qkv"]["linear"]), x) for i in range(3))
     q, k, v = (a.reshape(*a.shape[:2], *sizes) for a in (q, k, v))
     q, k = rms_norm(q, params["qkv"]["q_norm"]), rms_norm(k, params["qkv"]["k_norm"])
     weights = jax.nn.softmax(jnp.einsum("bqnh,bknh->bnqk", q, k) / CONFIG.head_size**0.5)
-    out = jnp.einsum("bnqk,bknh,nhd->bqd", weights, v, params["out"]["kernel"]["kernel"]) + params["out"]["kernel"]["bias"]
+    out = jnp.einsum("bnqk,bknh,nhd->bqd", weights, v, params["out"]["linear"]["kernel"]) + params["out"]["linear"]["bias"]
     out = out.reshape(BATCH, FRAMES + PAST, 4, CONFIG.width)
 
     new_z, new_history = temporal_block(*moment)

@@ -63,7 +63,7 @@ class QKV(nn.Module):
     def __call__(self, x: Float[Array, "B F S D"]) -> tuple[Float[Array, "B F S N H"], ...]:
         config = self.config
         features = (3, config.heads, config.head_size)
-        q, k, v = jnp.moveaxis(dense(features, ("embed", "qkv", "heads", "head_size"), dtype=config.dtype, name="kernel")(x), -3, 0)
+        q, k, v = jnp.moveaxis(dense(features, ("embed", "qkv", "heads", "head_size"), dtype=config.dtype, name="linear")(x), -3, 0)
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("head_size",))
         return (
             rms_norm(q, self.param("q_norm", ones, (config.head_size,))),
@@ -79,7 +79,7 @@ class Output(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B F S N H"]) -> Float[Array, "B F S D"]:
-        return dense(self.config.width, ("heads", "head_size", "embed"), dtype=self.config.dtype, contract=2, name="kernel")(x)
+        return dense(self.config.width, ("heads", "head_size", "embed"), dtype=self.config.dtype, contract=2, name="linear")(x)
 
 
 class MLP(nn.Module):
@@ -111,6 +111,6 @@ class Modulation(nn.Module):
             return value if self.gate is None else value.reshape(self.chunks, -1).at[self.gate[0]].set(self.gate[1]).reshape(shape)
 
         names = ("embed", "chunks", "modulation")
-        layer = dense((self.chunks, self.config.width), names, dtype=self.config.dtype, zero=True, bias=bias, name="kernel")
+        layer = dense((self.chunks, self.config.width), names, dtype=self.config.dtype, zero=True, bias=bias, name="linear")
         chunks = layer(nn.silu(c))  # [B, chunks, D]
         return tuple(chunks[:, i, None, None] for i in range(self.chunks))
