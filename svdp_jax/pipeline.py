@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Key, UInt8
+from jaxtyping import Array, Key, UInt8
 
 from svdp_jax import sampler, train_state
 from svdp_jax.config import Config, SampleConfig
@@ -37,9 +37,7 @@ def animate(
     `driving` is consumed as it is needed, so its length is no matter of memory. `progress` is called with the denoising
     steps that are done.
     """
-    autoencoder = make_autoencoder(config.autoencoder)
-    encode = jax.jit(lambda frames: autoencoder.apply({"params": frozen.autoencoder}, to_unit(frames), method="encode"))
-    decode = jax.jit(lambda latents: to_bytes(autoencoder.apply({"params": frozen.autoencoder}, latents, method="decode")))
+    encode, decode = make_coders(config, frozen)
     lengths: list[int] = []  # frames of each window that count
 
     def encoded_windows():
@@ -61,6 +59,14 @@ def animate(
     )
     for window in latents:
         yield np.asarray(decode(window)[0])[: lengths[-1]]
+
+
+def make_coders(config: Config, frozen: Frozen) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    """Compiled: frames [..., H, W, 3] in bytes -> latents [..., h, w, C], and latents -> frames."""
+    autoencoder, params = make_autoencoder(config.autoencoder), {"params": frozen.autoencoder}
+    encode = jax.jit(lambda frames: autoencoder.apply(params, to_unit(frames), method="encode"))
+    decode = jax.jit(lambda latents: to_bytes(autoencoder.apply(params, latents, method="decode")))
+    return encode, decode
 
 
 def full_windows(frames: Iterable[UInt8[np.ndarray, "H W 3"]], size: int) -> Iterator[list[UInt8[np.ndarray, "H W 3"]]]:

@@ -39,11 +39,10 @@ from jaxtyping import Float, Float32, Key, UInt8
 from tqdm import tqdm
 
 import svdp_jax
-from svdp_jax import checkpoint, cli, sampler, train_state
+from svdp_jax import checkpoint, cli, pipeline, sampler, train_state
 from svdp_jax.config import Config, ConfigError, DataConfig
 from svdp_jax.data import drawing, faces, loader, synthetic, video
 from svdp_jax.evaluation import metrics
-from svdp_jax.models.autoencoder import make_autoencoder, to_bytes, to_unit
 from svdp_jax.types import Frozen
 
 RENDERED = 128  # pixels at which the records of training are drawn, before they are shrunk to data.size
@@ -95,10 +94,8 @@ class Models(NamedTuple):
 
 def make_models(config: Config, params: Any, frozen: Frozen, *, progress: Callable[[int], None] = lambda steps: None) -> Models:
     """The roll-out of whole batches. `progress` is called with the denoising steps that are done."""
-    autoencoder, model = make_autoencoder(config.autoencoder), train_state.make_transformer(config)
-    constants = train_state.constants_of(config, frozen)
-    encode = jax.jit(lambda frames: autoencoder.apply({"params": frozen.autoencoder}, to_unit(frames), method="encode"))
-    decode = jax.jit(lambda latents: to_bytes(autoencoder.apply({"params": frozen.autoencoder}, latents, method="decode")))
+    model, constants = train_state.make_transformer(config), train_state.constants_of(config, frozen)
+    encode, decode = pipeline.make_coders(config, frozen)
     params, size = jax.device_put(params), config.data.frames
 
     def windows(frames):
