@@ -123,7 +123,7 @@ def train_step(config: Config, state: TrainState, batch: Batch, autoencoder: Any
     updates, opt_state = make_optimizer(config.train).update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = jax.tree.map(lambda old, new: old + (1 - ema_decay(config.train, state.step)) * (new - old), state.ema, params)
-    return TrainState(state.step + 1, params, opt_state, ema), metrics | {"grad_norm": optax.global_norm(gradient)}
+    return TrainState(state.step + 1, params, opt_state, ema), metrics | {"grad_norm": optax.tree.norm(gradient)}
 
 
 def ema_decay(train: TrainConfig, step: Array) -> Float[Array, ""]:

@@ -12,9 +12,10 @@ from flax.traverse_util import flatten_dict
 from tiny_network import TINY, fresh_params, redrawn
 
 from svdp_jax import train_state
-from svdp_jax.config import LevelConfig, TrainConfig
+from svdp_jax.config import Config, LevelConfig, TrainConfig
 from svdp_jax.models.autoencoder import make_autoencoder
 from svdp_jax.models.tokens import position_table
+from svdp_jax.models.transformer import abstract_inputs
 from svdp_jax.types import Batch, Frozen
 
 PLAIN = TrainConfig(steps=8, warmup=0, weight_decay=0.0, learning_rate=1e-3, learning_rate_new=1e-2, clip=1e9)
@@ -168,3 +169,21 @@ def test_what_counts_as_new():
     new = jax.tree_util.tree_map_with_path(lambda path, _: train_state.is_new(path), fresh_params())
     tops = {path[:2] for path, is_new in flatten_dict(new).items() if is_new}
     assert tops == {("dual", "temporal"), ("plain", "temporal"), ("last", "temporal"), ("frame_encoding", "wide"), ("frame_encoding", "out")}
+
+
+@pytest.mark.parametrize("with_history", [False, True])
+def test_a_step_of_the_full_model_keeps_shapes_and_types(with_history):
+    """Traced at 576x576 and 16 + 3 frames, not run."""
+    config = Config()
+    frames, history, size = config.data.frames, config.data.history, config.data.size
+    pictures = lambda *lead: jax.ShapeDtypeStruct((2, *lead, size, size, 3), np.uint8)
+    batch = Batch(target=pictures(frames), history=pictures(history), source=pictures(), driving=pictures(frames))
+    constants = abstract_inputs(config.model, batch=2, frames=frames, history=history, height=size // 8, width=size // 8)[3]
+    empty = jnp.zeros((1, 64, 64, 3))
+    autoencoder = jax.eval_shape(lambda key: nn.meta.unbox(make_autoencoder(config.autoencoder).init(key, empty)["params"]), jax.random.key(0))
+    state = jax.eval_shape(lambda key: nn.meta.unbox(train_state.init_state(config, train_state.init_params(config, key))), jax.random.key(0))
+
+    step = functools.partial(train_state.train_step, config, with_history=with_history)
+    after, metrics = jax.eval_shape(step, state, batch, autoencoder, constants, jax.random.key(0))
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
+    assert metrics["loss"].shape == ()
