@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back, on any mesh and in either type, and what is broken is named on one line."""
 
 import dataclasses
+import json
 import shutil
 import sys
 
@@ -84,6 +85,17 @@ def test_a_checkpoint_that_lacks_something_is_named(workdir, tmp_path, lost):
     (shutil.rmtree if (broken / lost).is_dir() else lambda path: path.unlink())(broken / lost)
     with pytest.raises(ConfigError, match="broken") as caught:
         checkpoint.load_weights(broken)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_do_not_fit_their_config_are_named(workdir, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(workdir, other)
+    config = json.loads((other / "config.json").read_text())
+    config["model"]["text_width"] += 1
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"other does not fit its config.json: \['text'\].* is \(") as caught:
+        checkpoint.load_weights(other)
     assert "\n" not in str(caught.value)
 
 

@@ -136,10 +136,15 @@ def in_a_loop(params, z, t, conditions, constants):
     code = lambda numbers: mlp_of(params["frame_encoding"], sinusoid(jnp.array(numbers), CONFIG.frame_frequencies))
     c, c_history = clock(params, t, constants), clock(params, jnp.zeros(BATCH), constants)
     shared = Shared(c, c_history, code([0, 1, 2]), code([-2, -1]), None, None)
-    streams = Streams(text, image, history_text, embed(params, history) + positions[0])
+    history = embed(params, history) + positions[0]
     for kind, layer in each_layer(params):
-        streams, _ = Layer(CONFIG, kind, 4, "plain").apply({"params": layer}, streams, shared)
-    return head(params, streams.image[:, :, :4], c)
+        joint = functools.partial(JointBlock(CONFIG, kind, "plain").apply, {"params": layer["joint"]})
+        temporal = TemporalBlock(CONFIG, "plain", update_history=kind != "last")
+        z, history = temporal.apply({"params": layer["temporal"]}, image[:, :, :4], history, shared)
+        text, image = joint(text, jnp.concatenate([z, image[:, :, 4:]], axis=2), c, None)
+        if kind != "last":
+            history_text, history = joint(history_text, history, c_history, None)
+    return head(params, image[:, :, :4], c)
 
 
 def test_scanned_layers_equal_a_loop(network):
