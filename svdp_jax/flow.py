@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+Scalar = Float[Array, ""] | np.floating | float
+
 TRAINING_STEPS = 1000  # of the grid on which SD3's schedule is defined
 
 
@@ -29,7 +31,7 @@ def velocity(output: Float[Array, "B *latents"], x_t: Float[Array, "B *latents"]
     return (x_t - output) / per_sample(t, x_t.ndim) if prediction == "x0" else output
 
 
-def euler(x: Float[Array, "*latents"], v: Float[Array, "*latents"], t: Float[Array, ""], t_next: Float[Array, ""]) -> Float[Array, "*latents"]:
+def euler(x: Float[Array, "*latents"], v: Float[Array, "*latents"], t: Scalar, t_next: Scalar) -> Float[Array, "*latents"]:
     """One step from t to t_next."""
     return x + (t_next - t) * v
 
@@ -40,7 +42,7 @@ def loss_per_sample(output: Float[Array, "B *latents"], wanted: Float[Array, "B 
     return jnp.square(error).mean(axis=tuple(range(1, error.ndim)))
 
 
-def shifted(t: Float[Array, "*n"], shift: float) -> Float[Array, "*n"]:
+def shifted(t: Float[Array | np.ndarray, "*n"] | float, shift: float) -> Float[Array | np.ndarray, "*n"] | float:
     """SD3's time shift: more noise for a larger `shift`, 0 and 1 stay."""
     return shift * t / (1 + (shift - 1) * t)
 
@@ -50,7 +52,7 @@ def draw_t(key: Key[Array, ""], samples: int, *, shift: float) -> Float[Array, "
     return shifted(jax.nn.sigmoid(jax.random.normal(key, (samples,))), shift)
 
 
-def noise_levels(steps: int, *, shift: float) -> Float[np.ndarray, "steps+1"]:
+def noise_levels(steps: int, *, shift: float) -> Float[np.ndarray, "{steps+1}"]:
     """The levels t that the sampler visits, from 1 to 0: SD3's list, in which the low end is shifted twice."""
     lowest = shifted(1 / TRAINING_STEPS, shift)
     return np.append(shifted(np.linspace(1, lowest, steps), shift), 0).astype(np.float32)

@@ -27,7 +27,7 @@ def animate(
     frozen: Frozen,
     source: UInt8[np.ndarray, "H W 3"],
     driving: Iterable[UInt8[np.ndarray, "H W 3"]],
-    key: Key,
+    key: Key[Array, ""],
     *,
     sample: SampleConfig | None = None,
     progress: Callable[[int], None] = lambda steps: None,

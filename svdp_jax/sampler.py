@@ -10,17 +10,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from svdp_jax import flow
-from svdp_jax.config import SampleConfig
+from svdp_jax.config import ModelConfig, SampleConfig
 from svdp_jax.models import tokens
-from svdp_jax.models.transformer import Transformer
 from svdp_jax.types import Conditions, Constants
+
+
+@runtime_checkable
+class Network(Protocol):
+    """What is asked of a network, which must be hashable: `models.transformer.Transformer` is one."""
+
+    config: ModelConfig
+
+    def apply(self, variables: Any, z: Array, t: Array, conditions: Conditions, constants: Constants) -> Any: ...
 
 
 def guided_passes(guidance: tuple[float, float, float], *, with_history: bool) -> dict[int, float]:
@@ -33,12 +41,12 @@ def guided_passes(guidance: tuple[float, float, float], *, with_history: bool) -
 
 @functools.partial(jax.jit, static_argnames=("model", "levels"), donate_argnames=("z",))
 def denoise(
-    model: Transformer,
+    model: Network,
     params: Any,
     constants: Constants,
     z: Float[Array, "B F h w C"],
     conditions: Conditions,
-    noise_levels: Float[Array, "steps+1"],
+    noise_levels: Float[Array, "levels"],
     coefficients: Float[Array, "passes"],
     first: Int[Array, ""],
     last: Int[Array, ""],
@@ -60,7 +68,7 @@ def denoise(
 
 
 def sample_window(
-    model: Transformer,
+    model: Network,
     params: Any,
     constants: Constants,
     conditions: Conditions,
@@ -98,7 +106,7 @@ def _wait(chunk: tuple[int, Array], progress: Callable[[int], None]) -> None:
 
 
 def roll_out(
-    model: Transformer,
+    model: Network,
     params: Any,
     constants: Constants,
     source: Float[Array, "B h w C"],

@@ -28,7 +28,7 @@ NEW_PARAMETERS = ("temporal", "frame_encoding")  # absent from the pretrained mo
 class TrainState(flax.struct.PyTreeNode):
     """All that a step changes. Parameters, moments and EMA are float32."""
 
-    step: Array
+    step: Any  # int32 scalar, or what stands for it in an abstract state
     params: Any
     opt_state: Any
     ema: Any

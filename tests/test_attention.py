@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 
 import jax
@@ -177,11 +178,12 @@ def test_auto_is_the_chosen_backend(monkeypatch):
 
 def test_refusals():
     q, k, v, _ = inputs(queries=4, keys=6)
+    attend = inspect.unwrap(attention)  # the check of types, which only the tests have, would come first
     with pytest.raises(ValueError, match=r"k \(2, 2, 6, 3, 8\), v \(2, 2, 5, 3, 8\)"):
-        attention(q, k, v[:, :, :5])
+        attend(q, k, v[:, :, :5])
     with pytest.raises(ValueError, match=r"q \(2, 1, 4, 3, 8\)"):
-        attention(q[:, :1], k, v)
+        attend(q[:, :1], k, v)
     with pytest.raises(ValueError, match="unknown attention backend 'flash'; choose one of auto, plain, chunked, cudnn, pallas"):
-        attention(q, k, v, backend="flash")
+        attend(q, k, v, backend="flash")
     with pytest.raises(ValueError, match="cuDNN attention wants bfloat16 or float16.*got float32 and 8"):
-        attention(q, k, v, backend="cudnn")
+        attend(q, k, v, backend="cudnn")

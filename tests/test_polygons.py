@@ -49,7 +49,7 @@ def test_a_polygon_covers_its_area_at_any_resolution(size):
 
 def test_later_shapes_hide_earlier_ones_and_shades_stay_within_theirs():
     red, blue = (255.0, 0.0, 0.0), (0.0, 0.0, 255.0)
-    everywhere = polygons.xy([0, 1, 1, 0], [0, 0, 1, 1])
+    everywhere = polygons.xy([0.0, 1, 1, 0], [0.0, 0, 1, 1])
     shaded = polygons.Shape(SQUARE, red, (polygons.Shape(everywhere, blue),))
     (frame,) = polygons.rasterise([polygons.Shape(everywhere, WHITE), shaded], (BLACK, BLACK), size=64, softness=1.0)
     assert (frame[32, 32] == blue).all() and (frame[5, 5] == 255).all() and (frame[32, 5] == 255).all()

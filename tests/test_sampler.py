@@ -17,7 +17,7 @@ from svdp_jax.config import ModelConfig, SampleConfig
 from svdp_jax.models import tokens
 from svdp_jax.models.autoencoder import make_autoencoder
 from svdp_jax.models.transformer import Transformer
-from svdp_jax.types import Conditions, Frozen
+from svdp_jax.types import Conditions, Constants, Frozen
 
 SAMPLE = SampleConfig(steps=5, chunk=2)
 
@@ -35,12 +35,15 @@ class Formula:
         return out if conditions.history is None else out + 4 + conditions.history.mean(axis=1, keepdims=True) * z
 
 
+CONSTANTS = Constants(jnp.zeros((3, 4, 8)), jnp.zeros((2, 8)), jnp.zeros(8))  # the formula asks for none
+
+
 def signals(*, history=True, seed=0):
     normal = lambda shape, key: jax.random.normal(jax.random.fold_in(jax.random.key(seed), key), shape)
     return Conditions(normal((1, 2, 2, 3), 0), normal((1, 4, 2, 2, 3), 1), normal((1, 2, 2, 2, 3), 2) if history else None)
 
 
-def window(conditions, *, model=Formula(), params=0.5, sample=SAMPLE, key=3, constants=None, history=2, **kwargs):
+def window(conditions, *, model=Formula(), params=0.5, sample=SAMPLE, key=3, constants=CONSTANTS, history=2, **kwargs):
     return sampler.sample_window(model, params, constants, conditions, jax.random.key(key), sample=sample, history=history, **kwargs)
 
 
@@ -137,7 +140,7 @@ def test_zero_mode_gives_a_first_window_zeros_for_history():
     passes = sampler.guided_passes(SAMPLE.guidance, with_history=False)
     z = jax.random.normal(jax.random.key(3), (1, 4, 2, 2, 3))
     levels, weights = jnp.array(flow.noise_levels(5, shift=3.0)), jnp.array(list(passes.values()), jnp.float32)
-    expected, _ = sampler.denoise(model, 0.5, None, z, zeros, levels, weights, jnp.int32(0), jnp.int32(5), levels=tuple(passes))
+    expected, _ = sampler.denoise(model, 0.5, CONSTANTS, z, zeros, levels, weights, jnp.int32(0), jnp.int32(5), levels=tuple(passes))
     np.testing.assert_array_equal(window(first, model=model), expected)
     assert np.abs(window(first) - expected).max() > 0.1, "zeros of history are seen, and not left out"
 
@@ -161,7 +164,7 @@ def test_each_window_sees_the_end_of_the_one_before(monkeypatch):
 
     monkeypatch.setattr(sampler, "sample_window", spy)
     source, driving = jnp.ones((1, 1, 1, 1)), [jnp.full((1, 4, 1, 1, 1), i) for i in range(3)]
-    out = list(sampler.roll_out(None, None, None, source, iter(driving), jax.random.key(0), sample=SAMPLE, history=3))
+    out = list(sampler.roll_out(Formula(), None, CONSTANTS, source, iter(driving), jax.random.key(0), sample=SAMPLE, history=3))
     assert [float(z[0, 0, 0, 0, 0]) for z in out] == [100, 200, 300]
     assert calls[0][0].history is None
     np.testing.assert_array_equal(calls[1][0].history.ravel(), [101, 102, 103])
@@ -178,7 +181,7 @@ def test_windows_are_made_as_they_are_asked_for():
             pulled.append(i)
             yield signals(seed=i).driving
 
-    windows = sampler.roll_out(Formula(), 0.5, None, signals().source, driving(), jax.random.key(0), sample=SAMPLE, history=2)
+    windows = sampler.roll_out(Formula(), 0.5, CONSTANTS, signals().source, driving(), jax.random.key(0), sample=SAMPLE, history=2)
     next(windows)
     assert pulled == [0]
     next(windows)

@@ -121,7 +121,7 @@ def driving_crop(landmarks: Float32[np.ndarray, "N K 2"], *, scale: float) -> Cr
     return Crop(x0, y0, side)
 
 
-def source_crop(source_landmarks: Float32[np.ndarray, "K 2"], driving_landmarks: Float32[np.ndarray, "N K 2"], driving_crop: Crop) -> Crop:
+def source_crop(source_landmarks: Float[np.ndarray, "K 2"], driving_landmarks: Float[np.ndarray, "N K 2"], driving_crop: Crop) -> Crop:
     """The crop that shows the source's face at the size and place of the driver's, in the frame whose face looks most like it.
 
     Most like: the least distance between landmarks once both are centred and of one size, so that a head turned or
@@ -394,5 +394,5 @@ def _extent(landmarks: np.ndarray, indices: list[int]) -> tuple[np.ndarray, np.n
     return points.min(axis=-2), points.max(axis=-2)
 
 
-def _side(box: np.ndarray) -> np.ndarray:
+def _side(box: np.ndarray) -> np.ndarray | np.floating:
     return box[..., 2] - box[..., 0]

@@ -152,14 +152,14 @@ def whole_clip(clip: clips_lib.Clip, data: DataConfig) -> tuple[Frame, Frames, F
     return source, driving, _resize(clip.target[:-1], data.size)
 
 
-def _driving(frames: Frames, landmarks: Float[np.ndarray, "N K 2"], data: DataConfig) -> Frames:
+def _driving(frames: Frames, landmarks: Float[np.ndarray, "N K 2"], data: DataConfig) -> UInt8[np.ndarray, "N {data.size} {data.size} 3"]:
     # Masked at the size the model sees: a resized mask would have soft edges, and leak.
     scale = data.size / frames.shape[1]
     landmarks = (landmarks + 0.5) * scale - 0.5  # pixel centres are integers
     return faces.mask_frames(_resize(frames, data.size), faces.regions(landmarks, margin=data.region_margin))
 
 
-def _resize(frames: Frames, size: int) -> Frames:
+def _resize(frames: Frames, size: int) -> UInt8[np.ndarray, "N {size} {size} 3"]:
     if frames.shape[1] == size:
         return frames
     shrunk = np.empty((len(frames), size, size, 3), np.uint8)

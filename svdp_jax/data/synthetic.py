@@ -43,8 +43,8 @@ BACKDROP = (
 )
 
 
-def split_seed(split: Split, index: int, kind: Literal["identity", "motion"]) -> int:
-    """The seed of the `index`-th identity or motion of a split. No seed belongs to two splits or kinds."""
+def split_seed(split: str, index: int, kind: str) -> int:
+    """The seed of the `index`-th identity or motion of a split. No seed belongs to two splits or kinds. ValueError where there is none such."""
     splits, kinds = ("train", "validation", "test"), ("identity", "motion")
     if split not in splits or kind not in kinds:
         raise ValueError(f"split={split!r}, kind={kind!r}: use one of {splits} and one of {kinds}")

@@ -93,6 +93,6 @@ def _squared_error(output: Frames, truth: Frames) -> Float[np.ndarray, "N H W 3"
     return np.square((output.astype(np.float32) - truth) / 255)
 
 
-def _decibels(mean_square_error: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+def _decibels(mean_square_error: Float[np.ndarray, "*shape"] | np.floating) -> Float[np.ndarray, "*shape"] | np.floating:
     with np.errstate(divide="ignore"):
         return -10 * np.log10(np.asarray(mean_square_error, np.float64))

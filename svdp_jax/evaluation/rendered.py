@@ -35,7 +35,7 @@ import imageio.v3 as iio
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Float32, Key, UInt8
+from jaxtyping import Array, Float, Float32, Key, UInt8
 from tqdm import tqdm
 
 import svdp_jax
@@ -88,7 +88,7 @@ def case_of(data: DataConfig, *, split: synthetic.Split, index: int, frames: int
 class Models(NamedTuple):
     """Compiled once, called for every batch."""
 
-    animate: Callable[[np.ndarray, np.ndarray, Key], np.ndarray]  # source [B,H,W,3], driving [B,N,H,W,3], key -> [B,N,H,W,3]
+    animate: Callable[[np.ndarray, np.ndarray, Key[Array, ""]], np.ndarray]  # source [B,H,W,3], driving [B,N,H,W,3], key -> [B,N,H,W,3]
     reconstruct: Callable[[np.ndarray], np.ndarray]  # frames [B,N,H,W,3] through the autoencoder
 
 

@@ -106,7 +106,7 @@ def _heads_first(x: Float[Array, "B G S N H"]) -> Float[Array, "R S H"]:
     return jnp.swapaxes(x, 2, 3).reshape(-1, x.shape[2], x.shape[4])
 
 
-def _heads_last(out: Float[Array, "R S H"], q: Float[Array, "B G Q N H"]) -> Float[Array, "B G S N H"]:
+def _heads_last(out: Float[Array, "*R_S H"], q: Float[Array, "B G Q N H"]) -> Float[Array, "B G S N H"]:
     return jnp.swapaxes(out.reshape(*q.shape[:2], q.shape[3], -1, q.shape[4]), 2, 3)
 
 

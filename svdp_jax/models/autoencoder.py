@@ -33,12 +33,12 @@ def make_autoencoder(config: AutoencoderConfig, *, dtype: DTypeLike = jnp.float3
     return LinearAutoencoder(config) if config.kind == "linear" else KLAutoencoder(config, dtype)
 
 
-def to_unit(frames: UInt8[Array, "*lead H W 3"]) -> Float[Array, "*lead H W 3"]:
+def to_unit(frames: UInt8[Array | np.ndarray, "*lead H W 3"]) -> Float[Array, "*lead H W 3"]:
     """Bytes to float32 in [-1, 1]."""
     return jnp.asarray(frames, jnp.float32) / 127.5 - 1
 
 
-def to_bytes(frames: Float[Array, "*lead H W 3"]) -> UInt8[Array, "*lead H W 3"]:
+def to_bytes(frames: Float[Array | np.ndarray, "*lead H W 3"]) -> UInt8[Array, "*lead H W 3"]:
     """[-1, 1] to bytes, rounded; what lies outside is clipped."""
     return jnp.clip(jnp.round((jnp.asarray(frames, jnp.float32) + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
@@ -83,7 +83,7 @@ class Encoder(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "N H W 3"]) -> Float[Array, "N h w 2*C"]:
+    def __call__(self, x: Float[Array, "N H W 3"]) -> Float[Array, "N h w two_C"]:
         config = self.config
         x = conv(config.channels[0], dtype=self.dtype, name="conv_in")(x)
         for level, channels in enumerate(config.channels):
@@ -231,7 +231,7 @@ def fit_linear(config: AutoencoderConfig, frames: UInt8[np.ndarray, "N H W 3"]) 
     return {"mean": jnp.asarray(mean, jnp.float32), "components": jnp.asarray(components, jnp.float32)}
 
 
-def patches(frames: Float[Array, "*lead H W 3"], size: int) -> Float[Array, "*lead h w size*size*3"]:
+def patches(frames: Float[Array | np.ndarray, "*lead H W 3"], size: int) -> Float[Array | np.ndarray, "*lead h w {size*size*3}"]:
     """Square patches, each flattened: rows, then columns, then colours."""
     return rearrange(frames, "... (h p) (w q) c -> ... h w (p q c)", p=size, q=size)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from svdp_jax.config import ModelConfig
 
@@ -34,7 +34,7 @@ def modulate(x: Float[Array, "B F S D"], shift: Float[Array, "B 1 1 D"], scale: 
     return x * (1 + scale) + shift
 
 
-def sinusoid(numbers: Float[Array, "*lead"], frequencies: int) -> Float[Array, "*lead E"]:
+def sinusoid(numbers: Num[Array, "*lead"], frequencies: int) -> Float[Array, "*lead E"]:
     """[cosine | sine] of numbers at `frequencies` rates from 1 down to 1e-4 (E = 2 frequencies), in float32."""
     rate = jnp.exp(-jnp.log(1e4) * jnp.arange(frequencies, dtype=jnp.float32) / frequencies)
     angle = jnp.asarray(numbers, jnp.float32)[..., None] * rate

@@ -40,7 +40,7 @@ def position_table(config: ModelConfig) -> Float[np.ndarray, "R R D"]:
     return np.concatenate([np.broadcast_to(axis[None], shape), np.broadcast_to(axis[:, None], shape)], axis=-1).astype(np.float32)
 
 
-def shifted_crops(table: Float[Array, "R R D"], rows: int, columns: int) -> Float[Array, "3 S D"]:
+def shifted_crops(table: Float[Array | np.ndarray, "R R D"], rows: int, columns: int) -> Float[Array, "3 S D"]:
     """The crops of the table for z (its centre), source (shifted towards +) and driving (towards -), by max(rows, columns).
 
     Raises ConfigError if a grid of rows x columns tokens would leave the table.
