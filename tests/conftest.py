@@ -13,13 +13,13 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # train.py and sample.py stand beside the package
+sys.path.insert(0, str(ROOT))  # train.py and sample.py stand beside the package
 
 from jaxtyping import install_import_hook  # noqa: E402
 
 # Shapes and types, as annotated, are checked at every call. Not in the config, which says itself what is wrong with a value,
-# nor in the loader, whose functions travel to worker processes.
-TOP = ["checkpoint", "evaluation", "flow", "models", "pipeline", "sampler", "sharding", "train_state"]
+# nor in the loader, whose functions travel to worker processes, nor in sharding, where tests put other things for devices.
+TOP = ["checkpoint", "evaluation", "flow", "models", "pipeline", "sampler", "train_state"]
 DATA = ["bundle", "clips", "drawing", "faces", "inputs", "polygons", "synthetic", "video"]
 install_import_hook([f"svdp_jax.{name}" for name in TOP] + [f"svdp_jax.data.{name}" for name in DATA], "typechecker.check")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import einops
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from svdp_jax.config import ConfigError, ModelConfig
 from svdp_jax.types import Conditions
@@ -17,12 +17,12 @@ from svdp_jax.types import Conditions
 NOTHING, SOURCE, DRIVING, HISTORY = range(4)  # levels of conditioning, each containing the one before
 
 
-def patchify(latents: Float[Array, "*lead h w C"], patch: int) -> Float[Array, "*lead S E"]:
+def patchify(latents: Num[Array | np.ndarray, "*lead h w C"], patch: int) -> Num[Array | np.ndarray, "*lead S E"]:
     """Latents as rows of tokens, row-major; within a token E = (row, column, channel), channel fastest."""
     return einops.rearrange(latents, "... (h p) (w q) c -> ... (h w) (p q c)", p=patch, q=patch)
 
 
-def unpatchify(tokens: Float[Array, "*lead S E"], patch: int, height: int, width: int) -> Float[Array, "*lead h w C"]:
+def unpatchify(tokens: Num[Array | np.ndarray, "*lead S E"], patch: int, height: int, width: int) -> Num[Array | np.ndarray, "*lead h w C"]:
     """The inverse of `patchify`, for latents of `height` x `width`."""
     return einops.rearrange(tokens, "... (h w) (p q c) -> ... (h p) (w q) c", h=height // patch, w=width // patch, p=patch, q=patch)
 
@@ -40,7 +40,7 @@ def position_table(config: ModelConfig) -> Float[np.ndarray, "R R D"]:
     return np.concatenate([np.broadcast_to(axis[None], shape), np.broadcast_to(axis[:, None], shape)], axis=-1).astype(np.float32)
 
 
-def shifted_crops(table: Float[Array | np.ndarray, "R R D"], rows: int, columns: int) -> Float[Array, "3 S D"]:
+def shifted_crops(table: Num[Array | np.ndarray, "R R D"], rows: int, columns: int) -> Num[Array, "3 S D"]:
     """The crops of the table for z (its centre), source (shifted towards +) and driving (towards -), by max(rows, columns).
 
     Raises ConfigError if a grid of rows x columns tokens would leave the table.
