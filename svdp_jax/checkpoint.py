@@ -14,7 +14,6 @@ import json
 import pathlib
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +21,7 @@ import orbax.checkpoint as ocp
 
 from svdp_jax import cli
 from svdp_jax.config import Config, ConfigError, load_config, to_dict
-from svdp_jax.train_state import TrainState, init_params
+from svdp_jax.train_state import TrainState, abstract_params
 from svdp_jax.types import Frozen
 
 CONFIG, FROZEN, STEPS, WEIGHTS = "config.json", "frozen", "checkpoints", "weights"
@@ -109,7 +108,7 @@ def load_weights(directory: pathlib.Path) -> tuple[Config, Any, Frozen]:
 
 def check_shapes(directory: pathlib.Path, config: Config, params: Any) -> None:
     """ConfigError if the parameters are not those of the config's network, naming the first that differs."""
-    expected = nn.meta.unbox(jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0)))
+    expected = abstract_params(config)
     wanted, found = ({jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)} for tree in (expected, params))
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):

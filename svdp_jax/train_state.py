@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -73,10 +74,15 @@ def make_transformer(config: Config, *, training: bool = False) -> Transformer:
 
 def init_params(config: Config, key: Key[Array, ""]) -> Any:
     """Parameters of the network, boxed with the names of their axes (see `flax.linen.meta`)."""
-    height, width, _ = config.latent_shape
-    shapes = abstract_inputs(config.model, batch=1, frames=1, history=1, height=height, width=width)
+    side = config.model.patch  # of the smallest latents there are: no parameter depends on their size
+    shapes = abstract_inputs(config.model, batch=1, frames=1, history=1, height=side, width=side)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return make_transformer(config).init(key, *zeros)["params"]
+
+
+def abstract_params(config: Config) -> Any:
+    """Shapes of the network's parameters."""
+    return nn.meta.unbox(jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0)))
 
 
 def init_state(config: Config, params: Any) -> TrainState:

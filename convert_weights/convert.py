@@ -1,0 +1,126 @@
+"""A published file or folder to a checkpoint that train.py and sample.py load as their own.
+
+The trained part of Stable Diffusion 3.5 Medium goes over as it is. The temporal blocks and the frame encoding, which it
+lacks, are initialised from a seed with closed gates, so that pass u of the converted model is SD3.5 frame by frame.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from tqdm import tqdm
+
+from convert_weights import rules
+from convert_weights.source import ConversionError, Source, config_of, open_source, problems
+from svdp_jax import checkpoint
+from svdp_jax.config import Config
+from svdp_jax.train_state import NEW_PARAMETERS, init_params
+from svdp_jax.types import Frozen
+
+Arrays = dict[tuple[str, ...], np.ndarray]
+
+
+def convert(
+    path: pathlib.Path, output: pathlib.Path, *, text_encoders: pathlib.Path | None = None, prompt: str = "", dtype: str = "float32", seed: int = 0
+) -> Config:
+    """Writes the checkpoint `output` and returns its config. `dtype` is the network's; what is never trained stays float32.
+
+    Raises ConversionError, with all that is wrong, before anything is written; whatever happens, `output` is either
+    complete or not there.
+    """
+    if output.exists():
+        raise ConversionError(f"output {output} exists already: give a new directory, or remove it")
+    source = open_source(path)
+    config = config_of(source)
+    if wrong := problems(source, config):
+        raise ConversionError(f"{path} does not fit the architecture of Stable Diffusion 3.5 Medium", wrong)
+    needed = sum(leaf.size * (jnp.dtype(dtype).itemsize if path[0] == "params" else 4) for path, leaf in rules.target(config).items())
+    embedding = encode_prompt(config, text_encoders, prompt, source)
+    with staged(output, needed) as partial, tqdm(total=len(source.tensors), unit="tensor", dynamic_ncols=True) as bar:
+        checkpoint.write_config(partial, config)
+        frozen = fill(source, config, "frozen", "float32", bar)
+        checkpoint.save_frozen(partial, Frozen(**{**unflatten_dict(frozen)["frozen"], **embedding}))
+        del frozen
+        params = fill(source, config, "params", dtype, bar)
+        if not source.has_new_parts:
+            params |= new_parameters(config, seed, dtype)
+        bar.set_postfix_str("writing")
+        checkpoint.save_tree(partial / checkpoint.WEIGHTS, unflatten_dict(params)["params"])
+    return config
+
+
+def fill(source: Source, config: Config, branch: str, dtype: str, bar: tqdm) -> Arrays:
+    """Every array of a branch ("params" or "frozen") that the source has, by its path."""
+    arrays: Arrays = {}
+    shapes = rules.target(config)
+    for slot in rules.slots(config, source.layout):
+        if slot.path[0] != branch or (slot.new and not source.has_new_parts):
+            continue
+        if slot.path not in arrays:
+            arrays[slot.path] = np.empty(shapes[slot.path].shape, jnp.dtype(dtype))
+        place = arrays[slot.path] if slot.layer is None else arrays[slot.path][slot.layer]
+        place[...] = rules.from_source(config, slot, [source.read(name) for name in slot.tensors])
+        bar.update(len(slot.tensors))
+    return arrays
+
+
+def new_parameters(config: Config, seed: int, dtype: str) -> Arrays:
+    """What the pretrained model lacks, initialised as train.py would."""
+
+    @jax.jit  # which drops the initialisation of all that is not returned
+    def draw(key):
+        flat = flatten_dict({"params": nn.meta.unbox(init_params(config, key))})
+        return {path: leaf.astype(dtype) for path, leaf in flat.items() if any(part in NEW_PARAMETERS for part in path)}
+
+    return jax.tree.map(np.asarray, draw(jax.random.key(seed)))
+
+
+def encode_prompt(config: Config, text_encoders: pathlib.Path | None, prompt: str, source: Source) -> dict[str, Any]:
+    """Fields `text` and `pooled` of `Frozen`, unless the source itself has them; zeros without text encoders, which is said."""
+    if text_encoders is not None:
+        from convert_weights.text import encode  # PyTorch and transformers, which nothing else here needs
+
+        text, pooled = encode(text_encoders, prompt, config.model)
+        return {"text": text, "pooled": pooled}
+    if prompt:
+        raise ConversionError(f"--prompt {prompt!r} needs --text-encoders, a diffusers folder with text_encoder/, tokenizer/ and so on")
+    if source.has_new_parts:
+        return {}
+    print("no --text-encoders: the prompt's embedding is zeros")
+    model = config.model
+    return {"text": np.zeros((model.text_tokens, model.text_width), np.float32), "pooled": np.zeros(model.pooled_width, np.float32)}
+
+
+@contextlib.contextmanager
+def staged(output: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
+    """A directory beside `output` that becomes it at the end, and leaves nothing behind if there is no such end."""
+    parent = output.absolute().parent
+    existing = next(path for path in (parent, *parent.parents) if path.exists())
+    if (free := shutil.disk_usage(existing).free) < needed:
+        raise ConversionError(f"output {output} needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left: free some, or give another place")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=parent))
+    except OSError as error:
+        raise ConversionError(f"output {output} cannot be written: {error}") from error
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp's is the owner's alone
+        partial.rename(output)
+    except Exception as error:  # orbax has its own for a full disk
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise ConversionError(f"the disk of {output} is full: it needs {needed / 1e9:.1f} GB") from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
