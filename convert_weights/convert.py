@@ -28,7 +28,7 @@ from svdp_jax.config import Config
 from svdp_jax.train_state import NEW_PARAMETERS, init_params
 from svdp_jax.types import Frozen
 
-Arrays = dict[tuple[str, ...], np.ndarray]
+Arrays = dict[tuple[str, ...], jax.Array]
 
 
 def convert(
@@ -61,17 +61,19 @@ def convert(
 
 
 def fill(source: Source, config: Config, branch: str, dtype: str, bar: tqdm) -> Arrays:
-    """Every array of a branch ("params" or "frozen") that the source has, by its path."""
-    arrays: Arrays = {}
-    shapes = rules.target(config)
+    """Every array of a branch ("params" or "frozen") that the source has, by its path. One at a time, so that memory holds little else."""
+    slots: dict[tuple[str, ...], list[rules.Slot]] = {}
     for slot in rules.slots(config, source.layout):
-        if slot.path[0] != branch or (slot.new and not source.has_new_parts):
-            continue
-        if slot.path not in arrays:
-            arrays[slot.path] = np.empty(shapes[slot.path].shape, jnp.dtype(dtype))
-        place = arrays[slot.path] if slot.layer is None else arrays[slot.path][slot.layer]
-        place[...] = rules.from_source(config, slot, [source.read(name) for name in slot.tensors])
-        bar.update(len(slot.tensors))
+        if slot.path[0] == branch and (source.has_new_parts or not slot.new):
+            slots.setdefault(slot.path, []).append(slot)
+    shapes, arrays = rules.target(config), {}
+    for path, layers in slots.items():
+        array = np.empty(shapes[path].shape, jnp.dtype(dtype))
+        for slot in layers:
+            place = array if slot.layer is None else array[slot.layer]
+            place[...] = rules.from_source(config, slot, [source.read(name) for name in slot.tensors])
+            bar.update(len(slot.tensors))
+        arrays[path] = jnp.asarray(array)
     return arrays
 
 
@@ -83,7 +85,7 @@ def new_parameters(config: Config, seed: int, dtype: str) -> Arrays:
         flat = flatten_dict({"params": nn.meta.unbox(init_params(config, key))})
         return {path: leaf.astype(dtype) for path, leaf in flat.items() if any(part in NEW_PARAMETERS for part in path)}
 
-    return jax.tree.map(np.asarray, draw(jax.random.key(seed)))
+    return draw(jax.random.key(seed))
 
 
 def encode_prompt(config: Config, text_encoders: pathlib.Path | None, prompt: str, source: Source) -> dict[str, Any]:
@@ -104,23 +106,23 @@ def encode_prompt(config: Config, text_encoders: pathlib.Path | None, prompt: st
 
 @contextlib.contextmanager
 def staged(output: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
-    """A directory beside `output` that becomes it at the end, and leaves nothing behind if there is no such end."""
+    """A path beside `output` to write a file or directory of `needed` bytes to. It becomes `output` at the end, and is gone if there is no such end."""
     parent = output.absolute().parent
-    existing = next(path for path in (parent, *parent.parents) if path.exists())
-    if (free := shutil.disk_usage(existing).free) < needed:
-        raise ConversionError(f"output {output} needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left: free some, or give another place")
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=parent))
+        free = shutil.disk_usage(parent).free
+        scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=parent))
     except OSError as error:
         raise ConversionError(f"output {output} cannot be written: {error}") from error
+    full = f"output {output} needs up to {needed / 1e9:.2f} GB"
     try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp's is the owner's alone
-        partial.rename(output)
+        if free < needed:
+            raise ConversionError(f"{full}, but the disk has {free / 1e9:.2f} GB left: free some, or give another place")
+        yield scratch / output.name
+        (scratch / output.name).rename(output)
     except Exception as error:  # orbax has its own for a full disk
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise ConversionError(f"the disk of {output} is full: it needs {needed / 1e9:.1f} GB") from error
+            raise ConversionError(f"{full}, and its disk is full: free some, or give another place") from error
         raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -26,6 +26,7 @@ from svdp_jax.types import Frozen
 
 CONFIG, FROZEN, STEPS, WEIGHTS = "config.json", "frozen", "checkpoints", "weights"
 COMMITTED = "commit_success.txt"
+WRITTEN_AT_ONCE = 2  # GB that saving a tree may hold beside the tree
 
 
 def write_config(directory: pathlib.Path, config: Config) -> None:
@@ -57,8 +58,9 @@ def restore(checkpoints: ocp.CheckpointManager, state: TrainState) -> TrainState
 
 def save_tree(directory: pathlib.Path, tree: Any) -> None:
     """A tree of arrays as a directory of its own, which may be moved; an older one is replaced."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory.absolute(), tree, force=True)
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=WRITTEN_AT_ONCE)  # which holds for arrays of jax's; numpy's are all copied first
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(jax.tree.map(jnp.asarray, tree)), force=True)
     (directory / COMMITTED).write_text("committed\n")  # orbax wrote where, on the machine it ran on
 
 
@@ -86,6 +88,12 @@ def load_weights(directory: pathlib.Path) -> tuple[Config, Any, Frozen]:
 
     Raises ConfigError, naming what is missing, if the directory is neither.
     """
+    config, params, frozen = load_stored(directory)
+    return config, jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params), frozen
+
+
+def load_stored(directory: pathlib.Path) -> tuple[Config, Any, Frozen]:
+    """As `load_weights`, in the types that the checkpoint stores."""
     directory = pathlib.Path(directory)
     if not (directory / CONFIG).is_file():
         raise ConfigError(f"{directory} is not a checkpoint: it has no {CONFIG}; give a training workdir or an exported checkpoint")
@@ -103,7 +111,7 @@ def load_weights(directory: pathlib.Path) -> tuple[Config, Any, Frozen]:
         raise ConfigError(f"checkpoint {directory} cannot be read: {first_line(error)}") from error
     params = tree.get("ema", tree)
     check_shapes(directory, config, params)
-    return config, jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params), frozen
+    return config, params, frozen
 
 
 def check_shapes(directory: pathlib.Path, config: Config, params: Any) -> None:

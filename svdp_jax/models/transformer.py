@@ -110,7 +110,7 @@ class Transformer(nn.Module):
             if kind != "last":
                 layer = nn.scan(
                     layer,
-                    variable_axes={"params": 0},
+                    variable_axes={"params": 0, "intermediates": 0},  # the latter for whoever captures what layers put out
                     split_rngs={"params": True},
                     in_axes=nn.broadcast,
                     length=layers,
