@@ -1,0 +1,173 @@
+"""Proof of a conversion: python -m convert_weights.verify --checkpoint DIR --source FILE_OR_DIR
+
+One picture through diffusers' model of the source and through the checkpoint, in float32, stage by stage: autoencoder, embeddings,
+first and last block of each kind, velocity. The two run one after the other, in separate processes. Exit status 1 if a stage
+differs. Needs the extra `parity` (PyTorch and diffusers).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from convert_weights import rules
+from convert_weights.source import ConversionError, Source, open_source
+from svdp_jax import checkpoint, cli
+from svdp_jax.config import Config, ConfigError
+from svdp_jax.models import tokens
+from svdp_jax.models.autoencoder import make_autoencoder
+from svdp_jax.models.blocks import Layer
+from svdp_jax.models.transformer import Transformer, layer_groups
+from svdp_jax.types import Conditions, Constants, Frozen
+
+TOLERANCE = 5e-5  # of the largest value that the reference has in a stage
+
+
+class Comparison(NamedTuple):
+    """How far a stage is from its reference."""
+
+    stage: str
+    largest: float  # absolute difference
+    relative: float  # the same, in the reference's largest value
+    cosine: float
+    passed: bool
+
+
+def compare(stage: str, ours: np.ndarray, theirs: np.ndarray, *, tolerance: float = TOLERANCE) -> Comparison:
+    """Two arrays of one shape. What is not finite, or has another shape, has not passed."""
+    if ours.shape != theirs.shape:
+        return Comparison(stage, np.inf, np.inf, 0.0, False)
+    a, b = (np.asarray(x, np.float64).ravel() for x in (ours, theirs))
+    largest, scale = np.abs(a - b).max(), np.abs(b).max()
+    cosine = a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-300)
+    return Comparison(stage, float(largest), float(largest / max(scale, 1e-300)), float(cosine), bool(largest <= tolerance * scale))
+
+
+def table(rows: list[Comparison]) -> str:
+    lines = [f"{'stage':<28}{'max abs':>10}{'relative':>10}{'cosine':>12}"]
+    for stage, largest, relative, cosine, passed in rows:
+        lines.append(f"{stage:<28}{largest:>10.1e}{relative:>10.1e}{cosine:>12.8f}  {'pass' if passed else 'FAIL'}")
+    return "\n".join(lines)
+
+
+def verify(directory: pathlib.Path, path: pathlib.Path) -> list[Comparison]:
+    """One row per stage. Raises ConfigError or ConversionError if either side cannot be read."""
+    if not importlib.util.find_spec("torch") or not importlib.util.find_spec("diffusers"):
+        raise ConversionError("verify compares with diffusers: pip install -e '.[parity]'")
+    source = open_source(path)
+    config, params, frozen = checkpoint.load_stored(directory)
+    if config.autoencoder.kind != "kl":
+        raise ConversionError(f"checkpoint {directory} was not converted from Stable Diffusion 3.5: its autoencoder is {config.autoencoder.kind}")
+    dtype = jax.tree.leaves(params)[0].dtype.name
+    del params  # while the other side has the memory
+    inputs = draw_inputs(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        given, made = pathlib.Path(scratch, "inputs.npz"), pathlib.Path(scratch, "outputs.npz")
+        np.savez(given, **inputs)
+        command = [sys.executable, "-m", "convert_weights.reference", "--source", path, "--inputs", given, "--outputs", made, "--dtype", dtype]
+        result = subprocess.run(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+        if result.returncode:
+            raise ConversionError(f"diffusers cannot run {path}: {(result.stderr.strip().splitlines() or ['no message'])[-1]}")
+        theirs = dict(np.load(made))
+    inputs["noisy"], inputs["latents"] = theirs.pop("noisy"), theirs["VAE encode"]
+    _, params, _ = checkpoint.load_stored(directory)
+    ours = stages(config, _on_device(params), frozen, inputs)
+    return [compare_tables(config, frozen, source), *(compare(stage, ours[stage], theirs[stage]) for stage in ours)]
+
+
+def draw_inputs(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
+    """A random picture of the config's size, and random noise, text and pooled embedding: zeros would hide what they meet."""
+    generator = np.random.default_rng(seed)
+    draw = lambda *shape: generator.standard_normal(shape, np.float32)
+    side, model = config.data.size, config.model
+    rough = jax.image.resize(draw(1, 9, 9, 3), (1, side, side, 3), "cubic") + 0.1 * draw(1, side, side, 3)
+    return {
+        "frames": np.tanh(np.asarray(rough)),
+        "noise": draw(1, *config.latent_shape),
+        "t": np.array([0.6], np.float32),
+        "text": draw(model.text_tokens, model.text_width),
+        "pooled": draw(model.pooled_width),
+    }
+
+
+def stages(config: Config, params: Any, frozen: Frozen, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Stage -> what ours puts out, named and shaped as `reference.stages` has it, in the order in which data flows.
+
+    `inputs` has frames, noisy, latents, t, text, pooled: later stages are given what the reference's earlier ones made.
+    """
+    autoencoder = make_autoencoder(config.autoencoder)
+    run = jax.jit(autoencoder.apply, static_argnames="method")
+    weights = {"params": _on_device(frozen.autoencoder)}
+    noisy = inputs["noisy"]
+    crops = tokens.shifted_crops(frozen.table, noisy.shape[1] // config.model.patch, noisy.shape[2] // config.model.patch)
+    constants = Constants(crops, jnp.asarray(inputs["text"]), jnp.asarray(inputs["pooled"]))
+    with jax.default_matmul_precision("highest"):
+        encoded = np.asarray(run(weights, inputs["frames"], method="encode"))
+        decoded = np.asarray(run(weights, inputs["latents"], method="decode"))
+        model = Transformer(dataclasses.replace(config.model, dtype="float32"))
+        apply = jax.jit(functools.partial(model.apply, capture_intermediates=_is_a_stage, mutable="intermediates"))
+        velocity, captured = apply({"params": params}, noisy[:, None], inputs["t"], Conditions(), constants)
+    captured = {path[:-1]: value for path, value in flatten_dict(captured["intermediates"]).items()}  # without "__call__"
+    part = lambda *path: captured[path][0]
+    outputs = {
+        "VAE encode": encoded,
+        "patch embedding": part("patches")[:, 0] + crops[0],
+        "text embedding": part("text")[None],
+        "time embedding": part("time") + part("pooled"),
+    }
+    index = 0
+    for kind, count in layer_groups(config.model):
+        streams, _ = part(kind)
+        for layer in sorted({0, count - 1}):
+            text, image = ((x if kind == "last" else x[layer])[:, 0] for x in (streams.text, streams.image))
+            outputs[f"block {index + layer}, image"] = image
+            if kind != "last":
+                outputs[f"block {index + layer}, text"] = text
+        index += count
+    outputs |= {"velocity": velocity[:, 0], "VAE decode": decoded}
+    return {name: np.asarray(value) for name, value in outputs.items()}
+
+
+def _is_a_stage(module: Any, method: str) -> bool:
+    return method == "__call__" and (isinstance(module, Layer) or module.name in ("patches", "text", "time", "pooled"))
+
+
+def _on_device(tree: Any) -> Any:
+    """float32 arrays of jax's; each one of numpy's is let go as its own is made."""
+    flat = flatten_dict(tree)
+    del tree
+    return unflatten_dict({path: jnp.asarray(flat.pop(path), jnp.float32) for path in list(flat)})
+
+
+def compare_tables(config: Config, frozen: Frozen, source: Source) -> Comparison:
+    """The whole position table, of which a picture sees but the middle: equal, or not."""
+    theirs = source.read(rules.name("frozen/table", source.layout, "")).astype(np.float32)
+    return compare("position table", np.asarray(frozen.table).reshape(1, -1, config.model.width), theirs, tolerance=0)
+
+
+def main() -> None:
+    parser = cli.ArgumentParser(prog="python -m convert_weights.verify", description="Compare a converted checkpoint with diffusers' model, stage by stage.")
+    parser.add_argument("--checkpoint", type=pathlib.Path, required=True, help="what python -m convert_weights wrote")
+    parser.add_argument("--source", type=pathlib.Path, required=True, help="the file or folder that it was made of")
+    flags = parser.parse_args()
+    with cli.messages(ConversionError, ConfigError):
+        rows = verify(flags.checkpoint, flags.source)
+    print(table(rows))
+    missed = [row.stage for row in rows if not row.passed]
+    print(f"{len(missed)} of {len(rows)} stages differ: {', '.join(missed)}" if missed else f"all {len(rows)} stages agree")
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()
