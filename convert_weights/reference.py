@@ -96,7 +96,7 @@ def load(make: Callable[[Config], torch.nn.Module], config: Config, state: State
 
 
 def stages(source: Source, config: Config, inputs: dict[str, np.ndarray], *, dtype: str) -> dict[str, np.ndarray]:
-    """Stage -> what it puts out, channels last. `inputs`: frames [1, H, W, 3], noise [1, h, w, C], t [1], text [T, E], pooled [Y]."""
+    """Stage -> what it puts out, channels last. `inputs`: frames [N, H, W, 3], noise [N, h, w, C], t [N], text [T, E], pooled [Y]."""
     read_transformer, read_autoencoder = states(source, config)
     settings, outputs = config.autoencoder, {}
     to_torch = lambda array: torch.from_numpy(np.ascontiguousarray(array))
@@ -112,11 +112,16 @@ def stages(source: Source, config: Config, inputs: dict[str, np.ndarray], *, dty
         transformer = load(make_transformer, config, read_transformer(), getattr(torch, dtype))
         capture(transformer, outputs)
         t = to_torch(inputs["t"])
-        noisy = (1 - t) * latents + t * to_torch(np.moveaxis(inputs["noise"], -1, 1))
+        level = t[:, None, None, None]
+        noisy = (1 - level) * latents + level * to_torch(np.moveaxis(inputs["noise"], -1, 1))
         outputs["noisy"] = last(noisy)
-        velocity = transformer(noisy, to_torch(inputs["text"][None]), to_torch(inputs["pooled"][None]), 1000 * t, return_dict=False)[0]
-        outputs["velocity"] = last(velocity)
+        outputs["velocity"] = last(transformer(noisy, *embeddings(inputs), 1000 * t, return_dict=False)[0])
     return outputs
+
+
+def embeddings(inputs: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text and pooled embedding of every picture: the same for all."""
+    return tuple(torch.from_numpy(inputs[name])[None].repeat_interleave(len(inputs["t"]), 0) for name in ("text", "pooled"))
 
 
 def capture(transformer: diffusers.SD3Transformer2DModel, outputs: dict[str, np.ndarray]) -> None:
@@ -131,6 +136,8 @@ def capture(transformer: diffusers.SD3Transformer2DModel, outputs: dict[str, np.
                     outputs[f"{name}, text"] = text.detach().numpy()
             else:
                 outputs[name] = output.detach().numpy()
+                if name == "text embedding":
+                    outputs[name] = outputs[name][0]  # of the one prompt
 
         return hook
 

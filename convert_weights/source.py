@@ -150,7 +150,8 @@ def _header(file: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ConversionError(f"{file} does not exist: give sd3.5_medium.safetensors or a diffusers folder")
     with file.open("rb") as stream:
         start = stream.read(64)
-    if file.suffix in (".ckpt", ".pt", ".pth", ".bin") or start[:1] == b"\x80" or start[:2] == b"PK":
+    zipped_or_plain = start[:4] == b"PK\x03\x04" or start[:1] == b"\x80" and start[8:9] != b"{"  # a header's length may begin with any byte
+    if file.suffix in (".ckpt", ".pt", ".pth", ".bin") or zipped_or_plain:
         _refuse_pickle(file)
     if start.startswith(b"GGUF"):
         raise ConversionError(f"{file} is a GGUF file, which holds quantised weights: give the published .safetensors")

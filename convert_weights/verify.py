@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from convert_weights import rules
 from convert_weights.source import ConversionError, Source, open_source
 from svdp_jax import checkpoint, cli
-from svdp_jax.config import Config, ConfigError
+from svdp_jax.config import Config, ConfigError, ModelConfig
 from svdp_jax.models import tokens
 from svdp_jax.models.autoencoder import make_autoencoder
 from svdp_jax.models.blocks import Layer
@@ -66,36 +66,48 @@ def verify(directory: pathlib.Path, path: pathlib.Path) -> list[Comparison]:
     if not importlib.util.find_spec("torch") or not importlib.util.find_spec("diffusers"):
         raise ConversionError("verify compares with diffusers: pip install -e '.[parity]'")
     source = open_source(path)
-    config, params, frozen = checkpoint.load_stored(directory)
+    config, weights = checkpoint.find_weights(directory)
     if config.autoencoder.kind != "kl":
         raise ConversionError(f"checkpoint {directory} was not converted from Stable Diffusion 3.5: its autoencoder is {config.autoencoder.kind}")
-    dtype = jax.tree.leaves(params)[0].dtype.name
-    del params  # while the other side has the memory
-    inputs = draw_inputs(config)
+    inputs = draw_inputs(config, config.data.size, config.data.size)
+    theirs = run_reference(path, inputs, dtype=checkpoint.stored_dtype(weights))
+    inputs["noisy"], inputs["latents"] = theirs.pop("noisy"), theirs["VAE encode"]
+    params, frozen = _load(directory)
+    ours = stages(config, params, frozen, inputs)
+    return [compare_tables(config, frozen, source), *(compare(stage, ours[stage], theirs[stage]) for stage in ours)]
+
+
+def run_reference(path: pathlib.Path, inputs: dict[str, np.ndarray], *, dtype: str) -> dict[str, np.ndarray]:
+    """`reference.stages` in a process of its own, whose memory is free when it ends. `dtype`: what the checkpoint rounded to."""
     with tempfile.TemporaryDirectory() as scratch:
         given, made = pathlib.Path(scratch, "inputs.npz"), pathlib.Path(scratch, "outputs.npz")
         np.savez(given, **inputs)
         command = [sys.executable, "-m", "convert_weights.reference", "--source", path, "--inputs", given, "--outputs", made, "--dtype", dtype]
         result = subprocess.run(list(map(str, command)), stderr=subprocess.PIPE, text=True)
         if result.returncode:
-            raise ConversionError(f"diffusers cannot run {path}: {(result.stderr.strip().splitlines() or ['no message'])[-1]}")
-        theirs = dict(np.load(made))
-    inputs["noisy"], inputs["latents"] = theirs.pop("noisy"), theirs["VAE encode"]
-    _, params, _ = checkpoint.load_stored(directory)
-    ours = stages(config, _on_device(params), frozen, inputs)
-    return [compare_tables(config, frozen, source), *(compare(stage, ours[stage], theirs[stage]) for stage in ours)]
+            said = result.stderr.strip().splitlines() or ["it was killed: memory may have run out"]
+            raise ConversionError(f"diffusers cannot run {path}: {said[-1]}")
+        return dict(np.load(made))
 
 
-def draw_inputs(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
-    """A random picture of the config's size, and random noise, text and pooled embedding: zeros would hide what they meet."""
-    generator = np.random.default_rng(seed)
-    draw = lambda *shape: generator.standard_normal(shape, np.float32)
-    side, model = config.data.size, config.model
-    rough = jax.image.resize(draw(1, 9, 9, 3), (1, side, side, 3), "cubic") + 0.1 * draw(1, side, side, 3)
+def _load(directory: pathlib.Path) -> tuple[Any, Frozen]:
+    """(params, frozen), in float32 on the device; each array of the file is let go as its own is made."""
+    _, params, frozen = checkpoint.load_stored(directory)
+    flat = flatten_dict(params)
+    del params
+    return unflatten_dict({path: jnp.asarray(flat.pop(path), jnp.float32) for path in list(flat)}), frozen
+
+
+def draw_inputs(config: Config, height: int, width: int, *, count: int = 1) -> dict[str, np.ndarray]:
+    """Random pictures, and random noise, text and pooled embedding: zeros would hide what they meet."""
+    generator = np.random.RandomState(0)  # whose numbers no version of numpy changes
+    draw = lambda *shape: generator.standard_normal(shape).astype(np.float32)
+    model, unit = config.model, config.autoencoder.downsampling
+    rough = draw(count, height // unit, width // unit, 3).repeat(unit, axis=1).repeat(unit, axis=2)
     return {
-        "frames": np.tanh(np.asarray(rough)),
-        "noise": draw(1, *config.latent_shape),
-        "t": np.array([0.6], np.float32),
+        "frames": np.tanh(rough + 0.1 * draw(count, height, width, 3)),
+        "noise": draw(count, height // unit, width // unit, model.latent_channels),
+        "t": np.full(count, 0.6, np.float32),
         "text": draw(model.text_tokens, model.text_width),
         "pooled": draw(model.pooled_width),
     }
@@ -108,14 +120,14 @@ def stages(config: Config, params: Any, frozen: Frozen, inputs: dict[str, np.nda
     """
     autoencoder = make_autoencoder(config.autoencoder)
     run = jax.jit(autoencoder.apply, static_argnames="method")
-    weights = {"params": _on_device(frozen.autoencoder)}
+    weights = {"params": frozen.autoencoder}
     noisy = inputs["noisy"]
     crops = tokens.shifted_crops(frozen.table, noisy.shape[1] // config.model.patch, noisy.shape[2] // config.model.patch)
     constants = Constants(crops, jnp.asarray(inputs["text"]), jnp.asarray(inputs["pooled"]))
     with jax.default_matmul_precision("highest"):
         encoded = np.asarray(run(weights, inputs["frames"], method="encode"))
         decoded = np.asarray(run(weights, inputs["latents"], method="decode"))
-        model = Transformer(dataclasses.replace(config.model, dtype="float32"))
+        model = Transformer(in_float32(config))
         apply = jax.jit(functools.partial(model.apply, capture_intermediates=_is_a_stage, mutable="intermediates"))
         velocity, captured = apply({"params": params}, noisy[:, None], inputs["t"], Conditions(), constants)
     captured = {path[:-1]: value for path, value in flatten_dict(captured["intermediates"]).items()}  # without "__call__"
@@ -123,7 +135,7 @@ def stages(config: Config, params: Any, frozen: Frozen, inputs: dict[str, np.nda
     outputs = {
         "VAE encode": encoded,
         "patch embedding": part("patches")[:, 0] + crops[0],
-        "text embedding": part("text")[None],
+        "text embedding": part("text"),
         "time embedding": part("time") + part("pooled"),
     }
     index = 0
@@ -139,15 +151,12 @@ def stages(config: Config, params: Any, frozen: Frozen, inputs: dict[str, np.nda
     return {name: np.asarray(value) for name, value in outputs.items()}
 
 
+def in_float32(config: Config) -> ModelConfig:
+    return dataclasses.replace(config.model, dtype="float32")
+
+
 def _is_a_stage(module: Any, method: str) -> bool:
     return method == "__call__" and (isinstance(module, Layer) or module.name in ("patches", "text", "time", "pooled"))
-
-
-def _on_device(tree: Any) -> Any:
-    """float32 arrays of jax's; each one of numpy's is let go as its own is made."""
-    flat = flatten_dict(tree)
-    del tree
-    return unflatten_dict({path: jnp.asarray(flat.pop(path), jnp.float32) for path in list(flat)})
 
 
 def compare_tables(config: Config, frozen: Frozen, source: Source) -> Comparison:

@@ -94,6 +94,19 @@ def load_weights(directory: pathlib.Path) -> tuple[Config, Any, Frozen]:
 
 def load_stored(directory: pathlib.Path) -> tuple[Config, Any, Frozen]:
     """As `load_weights`, in the types that the checkpoint stores."""
+    config, weights = find_weights(directory)
+    try:
+        tree = load_tree(weights, part="ema")
+        frozen = load_frozen(directory)
+    except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:  # orbax has a different one for each missing file
+        raise ConfigError(f"checkpoint {directory} cannot be read: {first_line(error)}") from error
+    params = tree.get("ema", tree)
+    check_shapes(directory, config, params)
+    return config, params, frozen
+
+
+def find_weights(directory: pathlib.Path) -> tuple[Config, pathlib.Path]:
+    """The config of a checkpoint, and where in it the weights are. Raises ConfigError as `load_weights` does."""
     directory = pathlib.Path(directory)
     if not (directory / CONFIG).is_file():
         raise ConfigError(f"{directory} is not a checkpoint: it has no {CONFIG}; give a training workdir or an exported checkpoint")
@@ -104,14 +117,13 @@ def load_stored(directory: pathlib.Path) -> tuple[Config, Any, Frozen]:
         if not steps:
             raise ConfigError(f"{directory} holds neither {WEIGHTS}/ nor a finished step in {STEPS}/: train longer, or give another directory")
         weights = directory / STEPS / str(steps[-1]) / "state"
-    try:
-        tree = load_tree(weights, part="ema")
-        frozen = load_frozen(directory)
-    except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:  # orbax has a different one for each missing file
-        raise ConfigError(f"checkpoint {directory} cannot be read: {first_line(error)}") from error
-    params = tree.get("ema", tree)
-    check_shapes(directory, config, params)
-    return config, params, frozen
+    return config, weights
+
+
+def stored_dtype(weights: pathlib.Path) -> str:
+    """The type of the weights in a directory of `find_weights`, which is not read for it."""
+    tree = ocp.PyTreeCheckpointHandler().metadata(weights.absolute()).tree
+    return np.dtype(jax.tree.leaves(tree.get("ema", tree))[0].dtype).name
 
 
 def check_shapes(directory: pathlib.Path, config: Config, params: Any) -> None:

@@ -23,6 +23,8 @@ TOP = ["checkpoint", "evaluation", "flow", "models", "pipeline", "sampler", "tra
 DATA = ["bundle", "clips", "drawing", "faces", "inputs", "polygons", "synthetic", "video"]
 install_import_hook([f"svdp_jax.{name}" for name in TOP] + [f"svdp_jax.data.{name}" for name in DATA], "typechecker.check")
 
+import sd35  # noqa: E402
+
 from svdp_jax.data import clips, synthetic  # noqa: E402
 
 CHEAP = ["--sample.steps", "2", "--sample.guidance", "1", "1", "1"]  # one pass per step: less to compile
@@ -63,6 +65,18 @@ def workdir(train_tiny, tmp_path_factory) -> pathlib.Path:
     directory = tmp_path_factory.mktemp("runs") / "straight"
     train_tiny(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def sd35_file(tmp_path_factory) -> pathlib.Path:
+    """A small random model in the layout of Stable Diffusion 3.5's single file."""
+    return sd35.write_source(tmp_path_factory.mktemp("sd35") / "sd3.5_small.safetensors")
+
+
+@pytest.fixture(scope="session")
+def sd35_folder(sd35_file) -> pathlib.Path:
+    """The same model as a diffusers folder."""
+    return sd35.write_folder(sd35_file.parent / "folder", sd35_file)
 
 
 @pytest.fixture

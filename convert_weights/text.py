@@ -1,0 +1,104 @@
+"""The constant prompt to its embedding, with Stable Diffusion 3.5's text encoders. Once, at conversion: PyTorch is needed here alone.
+
+    text   = [ CLIP-L | CLIP-G | zeros up to the width ] then [ T5 ]      77 + 77 tokens
+    pooled = [ CLIP-L | CLIP-G ]
+
+as diffusers' `StableDiffusion3Pipeline.encode_prompt` has it at `max_sequence_length=77`. What a folder lacks counts as zeros.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import warnings
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from tqdm import tqdm
+
+from convert_weights.source import ConversionError
+from svdp_jax.config import ModelConfig
+
+CLIP_TOKENS = 77
+ENCODERS = {"text_encoder": "CLIP-L", "text_encoder_2": "CLIP-G", "text_encoder_3": "T5-XXL"}  # folder -> what is in it; its tokenizer is in tokenizer*
+
+
+def encode(folder: pathlib.Path, prompt: str, model: ModelConfig) -> tuple[Float[np.ndarray, "T E"], Float[np.ndarray, "Y"]]:
+    """(text, pooled) of a prompt, in float32, one encoder in memory at a time; T5-XXL takes 19 GB of it.
+
+    Raises ConversionError if the folder has no encoder, one that cannot be read, or one of another width than the model's.
+    """
+    present = _present(folder)
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ConversionError(f"--text-encoders needs PyTorch and transformers: pip install -e '.[convert]' ({error})") from error
+    outputs = {}
+    for name in tqdm(present, desc="encoding the prompt", unit="encoder", dynamic_ncols=True):
+        tokens = CLIP_TOKENS if name != "text_encoder_3" else model.text_tokens - CLIP_TOKENS
+        outputs[name] = _run(folder, name, prompt, tokens)
+    if absent := [f"{label} ({name}/)" for name, label in ENCODERS.items() if name not in present]:
+        print(f"zeros stand for the text encoders that {folder} lacks: {', '.join(absent)}")
+    return assemble(outputs, model)
+
+
+def assemble(outputs: dict[str, tuple[np.ndarray, np.ndarray | None]], model: ModelConfig) -> tuple[Float[np.ndarray, "T E"], Float[np.ndarray, "Y"]]:
+    """Encoder -> (states [tokens, width], pooled [width] or None), to (text, pooled). The two CLIPs share the pooled width."""
+    text, pooled = np.zeros((model.text_tokens, model.text_width), np.float32), np.zeros(model.pooled_width, np.float32)
+    second = outputs["text_encoder_2"][1].size if "text_encoder_2" in outputs else 0
+    for name, start in ("text_encoder", 0), ("text_encoder_2", model.pooled_width - second):
+        if name in outputs:
+            states, vector = outputs[name]
+            end = start + vector.size
+            fits = end <= model.pooled_width and states.shape[1] == vector.size and start + states.shape[1] <= model.text_width
+            if not fits or ("text_encoder" in outputs and name == "text_encoder_2" and outputs["text_encoder"][1].size != start):
+                sizes = ", ".join(f"{name} {outputs[name][1].size}" for name in ("text_encoder", "text_encoder_2") if name in outputs)
+                raise ConversionError(f"text encoders of another model: their pooled widths ({sizes}) must be together the model's {model.pooled_width}")
+            text[:CLIP_TOKENS, start:end] = states
+            pooled[start:end] = vector
+    if "text_encoder_3" in outputs:
+        states, _ = outputs["text_encoder_3"]
+        if states.shape[1] != model.text_width:
+            raise ConversionError(f"text_encoder_3 is {states.shape[1]} wide, and the model takes text of width {model.text_width}")
+        text[CLIP_TOKENS:] = states
+    return text, pooled
+
+
+def _present(folder: pathlib.Path) -> list[str]:
+    """The encoders of a folder, each of which must have its tokenizer."""
+    if not folder.is_dir():
+        raise ConversionError(f"--text-encoders {folder} is no directory: give a diffusers folder with text_encoder/, tokenizer/ and so on")
+    present = [name for name in ENCODERS if (folder / name).is_dir()]
+    if not present:
+        raise ConversionError(f"--text-encoders {folder} holds none of {', '.join(f'{name}/' for name in ENCODERS)}")
+    for name in present:
+        if not (folder / _tokenizer(name)).is_dir():
+            raise ConversionError(f"--text-encoders {folder} holds {name}/ but no {_tokenizer(name)}/")
+    return present
+
+
+def _tokenizer(encoder: str) -> str:
+    return encoder.replace("text_encoder", "tokenizer")
+
+
+def _run(folder: pathlib.Path, name: str, prompt: str, tokens: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """(states [tokens, width], pooled [width] or None) of one encoder."""
+    import torch
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+    clip = name != "text_encoder_3"
+    try:
+        tokenizer = (CLIPTokenizer if clip else T5TokenizerFast).from_pretrained(folder / _tokenizer(name), local_files_only=True)
+        options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
+        encoder = (CLIPTextModelWithProjection if clip else T5EncoderModel).from_pretrained(folder / name, **options).eval()
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ConversionError(f"--text-encoders: {folder / name} cannot be read: {(str(error).strip().splitlines() or [type(error).__name__])[0]}") from error
+    if len(tokenizer(prompt).input_ids) > tokens:
+        warnings.warn(f"the prompt is cut: {name} sees its first {tokens} tokens", stacklevel=2)
+    ids = tokenizer(prompt, padding="max_length", max_length=tokens, truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        if not clip:
+            return encoder(ids)[0][0].numpy(), None  # no mask: padding is attended to, as in training
+        output = encoder(ids, output_hidden_states=True)
+    return output.hidden_states[-2][0].numpy(), output.text_embeds[0].numpy()
