@@ -38,12 +38,15 @@ def main(config: Config, workdir: pathlib.Path) -> None:
     key_init, key = jax.random.split(jax.random.key(train.seed))
     new_state = lambda key: train_state.init_state(config, train_state.init_params(config, key))
     shardings = sharding.shardings_of(jax.eval_shape(new_state, key_init), mesh, config.mesh.strategy)
-    state = jax.jit(lambda key: nn.meta.unbox(new_state(key)), out_shardings=shardings)(key_init)
-    if start:
-        state = checkpoint.restore(checkpoints, state)
-        frozen = checkpoint.load_frozen(workdir)
+    if train.init_from and not start:
+        params, frozen = checkpoint.load_initial(pathlib.Path(train.init_from), config)
+        params = jax.device_put(params, shardings.params)
+        state = jax.jit(lambda params: train_state.init_state(config, params), out_shardings=shardings)(params)
     else:
-        frozen = new_frozen(config)
+        state = jax.jit(lambda key: nn.meta.unbox(new_state(key)), out_shardings=shardings)(key_init)
+        state = checkpoint.restore(checkpoints, state) if start else state
+        frozen = checkpoint.load_frozen(workdir) if start else new_frozen(config)
+    if not start:
         checkpoint.save_frozen(workdir, frozen)
     checkpoint.write_config(workdir, config)
     constants, autoencoder, key = jax.device_put((train_state.constants_of(config, frozen), frozen.autoencoder, key), whole)

@@ -9,6 +9,7 @@ checkpoint holds `config.json`, `frozen/` and `weights/`, the EMA parameters alo
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -103,6 +104,23 @@ def load_stored(directory: pathlib.Path) -> tuple[Config, Any, Frozen]:
     params = tree.get("ema", tree)
     check_shapes(directory, config, params)
     return config, params, frozen
+
+
+def load_initial(directory: pathlib.Path, config: Config) -> tuple[Any, Frozen]:
+    """EMA parameters (float32) and frozen arrays to start a new run from. ConfigError where the run's config wants another network.
+
+    How the network is used (history, dropped signals, the kind of temporal attention) is the run's choice; what its weights
+    mean is not.
+    """
+    stored, params, frozen = load_weights(directory)
+    free = ("position_step", "temporal", "temporal_gate", "history", "dropped", "dtype")
+    differences = []
+    for part in "model", "autoencoder":
+        ours, theirs = dataclasses.asdict(getattr(config, part)), dataclasses.asdict(getattr(stored, part))
+        differences += [f"{part}.{name}={ours[name]} (checkpoint: {theirs[name]})" for name in ours if ours[name] != theirs[name] and name not in free]
+    if differences:
+        raise ConfigError(f"train.init_from={directory} holds another network than the config: {', '.join(differences)}")
+    return params, frozen
 
 
 def find_weights(directory: pathlib.Path) -> tuple[Config, pathlib.Path]:

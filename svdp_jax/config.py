@@ -154,6 +154,7 @@ class TrainConfig:
     """
 
     seed: int = 0
+    init_from: str = ""  # checkpoint to start from, such as a converted Stable Diffusion 3.5 Medium; empty: from scratch
     batch: int = 32  # samples per step, over all devices
     steps: int = 50_000
     stop_at: int | None = None  # end early, on the same schedule

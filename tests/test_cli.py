@@ -14,6 +14,7 @@ import pytest
 import skimage.data
 from conftest import ROOT
 
+from convert_weights.convert import convert
 from svdp_jax import checkpoint, pipeline, train_state
 from svdp_jax.data import faces, synthetic, video
 
@@ -358,3 +359,33 @@ def test_the_process_says_one_line_per_warning_and_exits_with_2(python, tmp_path
     assert done.returncode == 2
     assert warning.startswith("warning: no landmarker given")
     assert error.startswith("error: ") and "grey.png" in error
+
+
+def test_a_run_starts_from_a_checkpoint(workdir, train_tiny, tmp_path):
+    still = ["--train.steps", "1", "--train.learning-rate", "1e-30", "--train.learning-rate-new", "1e-30"]
+    train_tiny(tmp_path / "next", "--train.init-from", str(workdir), "--train.seed", "5", *still)
+    _, before, frozen_before = checkpoint.load_weights(workdir)
+    _, after, frozen = checkpoint.load_weights(tmp_path / "next")
+    jax.tree.map(np.testing.assert_array_equal, (before, frozen_before._asdict()), (after, frozen._asdict()))
+
+
+def test_another_network_is_no_start(script, workdir, dataset, tmp_path):
+    given = ["--config", ROOT / "configs" / "tiny.py", "--workdir", tmp_path / "run", "--data.path", dataset]
+    status, _, err = script("train.py", *given, "--train.init-from", workdir, "--model.width", 64, "--autoencoder.scale", 2)
+    assert status == 2 and len(err.splitlines()) == 1
+    assert "model.width=64 (checkpoint: 32), autoencoder.scale=2.0 (checkpoint: 1.0)" in err
+    status, _, err = script("train.py", *given, "--train.init-from", tmp_path / "nowhere")
+    assert status == 2 and "is not a checkpoint" in err and len(err.splitlines()) == 1
+
+
+def test_a_converted_model_trains_and_samples(script, media, dataset, sd35_file, tmp_path):
+    convert(sd35_file, tmp_path / "weights")
+    flags = ["--workdir", tmp_path / "run", "--train.init-from", tmp_path / "weights", "--data.path", dataset, "--sample.steps", 1]
+    small = ["--train.batch", 1, "--train.steps", 1, "--data.frames", 2, "--data.history", 1, "--data.size", 32, "--sample.guidance", 1, 1, 1]
+    status, _, err = script("train.py", "--config", tmp_path / "weights" / "config.json", *flags, *small)
+    assert status == 0, err
+    for directory in "weights", "run":
+        given = ["--source", media / "portrait.png", "--driving", media / "motion.mp4", "--checkpoint", tmp_path / directory, "--max-frames", 2]
+        status, _, err = script("sample.py", *given, "--output", tmp_path / f"out_{directory}", "--steps", 1, "--guidance", 1, 1, 1, "--no-concat")
+        assert status == 0, err
+        assert iio.imread(tmp_path / f"out_{directory}" / "portrait--motion.mp4").shape[0] == 2
