@@ -66,13 +66,14 @@ def measured(arguments: list[str]) -> tuple[str, float, dict[str, int]]:
             except OSError:  # it has just ended
                 continue
             anonymous = next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
-            module = command[command.index("-m") + 1] if "-m" in command else command[0]
-            peaks[module] = max(peaks.get(module, 0), anonymous)
+            if "-m" in command:  # a process that is being born has no command yet
+                module = command[command.index("-m") + 1]
+                peaks[module] = max(peaks.get(module, 0), anonymous)
         time.sleep(0.05)
     output = process.stdout.read()
     print(output, end="", flush=True)
     if process.returncode:
-        sys.exit(process.returncode)
+        sys.exit(f"python -m {arguments[0]} ended with status {process.returncode}; peak memory by module: {peaks}")
     return output, time.perf_counter() - start, peaks
 
 
@@ -111,10 +112,9 @@ def main() -> None:
         "convert": {"seconds": round(convert_seconds, 1), "peak_bytes": convert_peak},
         "verify": {"seconds": round(verify_seconds, 1), "peak_bytes": verify_peak, "table": report.splitlines()},
     }
-    line = json.dumps(result)
     if flags.json:
-        flags.json.write_text(json.dumps(result, indent=2) + "\n")
-    print(line)
+        flags.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

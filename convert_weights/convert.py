@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import pathlib
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Key
 from tqdm import tqdm
 
 from convert_weights import rules
@@ -79,13 +81,13 @@ def fill(source: Source, config: Config, branch: str, dtype: str, bar: tqdm) -> 
 
 def new_parameters(config: Config, seed: int, dtype: str) -> Arrays:
     """What the pretrained model lacks, initialised as train.py would."""
+    return _draw_new(config, jax.random.key(seed), dtype)
 
-    @jax.jit  # which drops the initialisation of all that is not returned
-    def draw(key):
-        flat = flatten_dict({"params": nn.meta.unbox(init_params(config, key))})
-        return {path: leaf.astype(dtype) for path, leaf in flat.items() if any(part in NEW_PARAMETERS for part in path)}
 
-    return draw(jax.random.key(seed))
+@functools.partial(jax.jit, static_argnums=(0, 2))  # which drops the initialisation of all that is not returned
+def _draw_new(config: Config, key: Key[Array, ""], dtype: str) -> Arrays:
+    flat = flatten_dict({"params": nn.meta.unbox(init_params(config, key))})
+    return {path: leaf.astype(dtype) for path, leaf in flat.items() if any(part in NEW_PARAMETERS for part in path)}
 
 
 def encode_prompt(config: Config, text_encoders: pathlib.Path | None, prompt: str, source: Source) -> dict[str, Any]:

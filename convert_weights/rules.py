@@ -11,6 +11,7 @@ channels.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -299,6 +300,7 @@ def _sizes(config: Config, slot: Slot) -> dict[str, int]:
     return {axis: size for axis, size in known.items() if axis in joined}
 
 
+@functools.cache
 def target(config: Config) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     """Path -> shape of every array of a checkpoint, in {"params": ..., "frozen": ...}."""
     model, side = config.model, config.autoencoder.downsampling

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,8 +73,9 @@ def verify(directory: pathlib.Path, path: pathlib.Path) -> list[Comparison]:
     inputs = draw_inputs(config, config.data.size, config.data.size)
     theirs = run_reference(path, inputs, dtype=checkpoint.stored_dtype(weights))
     inputs["noisy"], inputs["latents"] = theirs.pop("noisy"), theirs["VAE encode"]
+    ours = autoencoder_stages(config, checkpoint.load_frozen(directory), inputs)  # alone: on a CPU it takes gigabytes
     params, frozen = _load(directory)
-    ours = stages(config, params, frozen, inputs)
+    ours |= network_stages(config, params, frozen, inputs)
     return [compare_tables(config, frozen, source), *(compare(stage, ours[stage], theirs[stage]) for stage in ours)]
 
 
@@ -113,27 +115,32 @@ def draw_inputs(config: Config, height: int, width: int, *, count: int = 1) -> d
     }
 
 
-def stages(config: Config, params: Any, frozen: Frozen, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Stage -> what ours puts out, named and shaped as `reference.stages` has it, in the order in which data flows.
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("method", "capture_intermediates", "mutable"))
+def _apply(model: nn.Module, *arguments: Any, **options: Any) -> Any:
+    return model.apply(*arguments, **options)
 
-    `inputs` has frames, noisy, latents, t, text, pooled: later stages are given what the reference's earlier ones made.
-    """
-    autoencoder = make_autoencoder(config.autoencoder)
-    run = jax.jit(autoencoder.apply, static_argnames="method")
-    weights = {"params": frozen.autoencoder}
+
+def autoencoder_stages(config: Config, frozen: Frozen, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Stage -> what our autoencoder puts out, as `reference.stages` has it. `inputs`: frames, and latents to decode."""
+    model, weights = make_autoencoder(config.autoencoder), {"params": frozen.autoencoder}
+    with jax.default_matmul_precision("highest"):
+        encoded = _apply(model, weights, inputs["frames"], method="encode")
+        decoded = _apply(model, weights, inputs["latents"], method="decode")
+    return {"VAE encode": np.asarray(encoded), "VAE decode": np.asarray(decoded)}
+
+
+def network_stages(config: Config, params: Any, frozen: Frozen, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Stage -> what our network puts out, as `reference.stages` has it, in the order of the data. `inputs`: noisy, t, text, pooled."""
     noisy = inputs["noisy"]
     crops = tokens.shifted_crops(frozen.table, noisy.shape[1] // config.model.patch, noisy.shape[2] // config.model.patch)
     constants = Constants(crops, jnp.asarray(inputs["text"]), jnp.asarray(inputs["pooled"]))
+    model = Transformer(in_float32(config))
+    options = {"capture_intermediates": _is_a_stage, "mutable": "intermediates"}
     with jax.default_matmul_precision("highest"):
-        encoded = np.asarray(run(weights, inputs["frames"], method="encode"))
-        decoded = np.asarray(run(weights, inputs["latents"], method="decode"))
-        model = Transformer(in_float32(config))
-        apply = jax.jit(functools.partial(model.apply, capture_intermediates=_is_a_stage, mutable="intermediates"))
-        velocity, captured = apply({"params": params}, noisy[:, None], inputs["t"], Conditions(), constants)
+        velocity, captured = _apply(model, {"params": params}, noisy[:, None], inputs["t"], Conditions(), constants, **options)
     captured = {path[:-1]: value for path, value in flatten_dict(captured["intermediates"]).items()}  # without "__call__"
     part = lambda *path: captured[path][0]
     outputs = {
-        "VAE encode": encoded,
         "patch embedding": part("patches")[:, 0] + crops[0],
         "text embedding": part("text"),
         "time embedding": part("time") + part("pooled"),
@@ -147,7 +154,7 @@ def stages(config: Config, params: Any, frozen: Frozen, inputs: dict[str, np.nda
             if kind != "last":
                 outputs[f"block {index + layer}, text"] = text
         index += count
-    outputs |= {"velocity": velocity[:, 0], "VAE decode": decoded}
+    outputs["velocity"] = velocity[:, 0]
     return {name: np.asarray(value) for name, value in outputs.items()}
 
 

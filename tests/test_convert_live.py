@@ -82,8 +82,8 @@ def test_verify_passes_what_is_right(dtype, checkpoints, sd35_file, python):
     result = python("-m", "convert_weights.verify", "--checkpoint", checkpoints[dtype], "--source", sd35_file)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
-    names = ["position table", "VAE encode", "patch embedding", "text embedding", "time embedding"]
-    names += [f"block {index}, {stream}" for index in range(5) for stream in ("image", "text")][:-1] + ["velocity", "VAE decode"]
+    names = ["position table", "VAE encode", "VAE decode", "patch embedding", "text embedding", "time embedding"]
+    names += [f"block {index}, {stream}" for index in range(5) for stream in ("image", "text")][:-1] + ["velocity"]
     assert [line[:28].strip() for line in lines[1:-1]] == names and all(line.endswith("  pass") for line in lines[1:-1])
     assert lines[-1] == f"all {len(names)} stages agree"
 

@@ -41,7 +41,8 @@ def stages(model, reference):
     values = sd35.inputs() | {"noisy": reference["noisy"]}
     encode = jax.jit(functools.partial(make_autoencoder(CONFIG.autoencoder).apply, method="encode"))
     values["latents"] = np.asarray(encode({"params": frozen.autoencoder}, values["frames"]))
-    return {name: sd35.thin(value) for name, value in verify.stages(CONFIG, params, frozen, values).items()}
+    ours = verify.autoencoder_stages(CONFIG, frozen, values) | verify.network_stages(CONFIG, params, frozen, values)
+    return {name: sd35.thin(value) for name, value in ours.items()}
 
 
 def constants_of(frozen) -> Constants:
