@@ -44,24 +44,21 @@ def encode(folder: pathlib.Path, prompt: str, model: ModelConfig) -> tuple[Float
 
 
 def assemble(outputs: dict[str, tuple[np.ndarray, np.ndarray | None]], model: ModelConfig) -> tuple[Float[np.ndarray, "T E"], Float[np.ndarray, "Y"]]:
-    """Encoder -> (states [tokens, width], pooled [width] or None), to (text, pooled). The two CLIPs share the pooled width."""
+    """Encoder -> (states [tokens, width], pooled [width] or None), to (text, pooled). The pooled width is that of both CLIPs together."""
     text, pooled = np.zeros((model.text_tokens, model.text_width), np.float32), np.zeros(model.pooled_width, np.float32)
-    second = outputs["text_encoder_2"][1].size if "text_encoder_2" in outputs else 0
-    for name, start in ("text_encoder", 0), ("text_encoder_2", model.pooled_width - second):
+    widths = {name: states.shape[1] for name, (states, _) in outputs.items()}
+    clips = [widths[name] for name in ("text_encoder", "text_encoder_2") if name in widths]
+    if sum(clips) > model.pooled_width or (len(clips) == 2 and sum(clips) < model.pooled_width):
+        raise ConversionError(f"text encoders of another model: CLIPs of width {' + '.join(map(str, clips))}, where the model's pooled width is {model.pooled_width}")
+    if widths.get("text_encoder_3", model.text_width) != model.text_width:
+        raise ConversionError(f"text_encoder_3 is {widths['text_encoder_3']} wide, and the model takes text of width {model.text_width}")
+    for name, start in ("text_encoder", 0), ("text_encoder_2", model.pooled_width - widths.get("text_encoder_2", 0)):
         if name in outputs:
             states, vector = outputs[name]
-            end = start + vector.size
-            fits = end <= model.pooled_width and states.shape[1] == vector.size and start + states.shape[1] <= model.text_width
-            if not fits or ("text_encoder" in outputs and name == "text_encoder_2" and outputs["text_encoder"][1].size != start):
-                sizes = ", ".join(f"{name} {outputs[name][1].size}" for name in ("text_encoder", "text_encoder_2") if name in outputs)
-                raise ConversionError(f"text encoders of another model: their pooled widths ({sizes}) must be together the model's {model.pooled_width}")
-            text[:CLIP_TOKENS, start:end] = states
-            pooled[start:end] = vector
+            text[:CLIP_TOKENS, start : start + widths[name]] = states
+            pooled[start : start + widths[name]] = vector
     if "text_encoder_3" in outputs:
-        states, _ = outputs["text_encoder_3"]
-        if states.shape[1] != model.text_width:
-            raise ConversionError(f"text_encoder_3 is {states.shape[1]} wide, and the model takes text of width {model.text_width}")
-        text[CLIP_TOKENS:] = states
+        text[CLIP_TOKENS:] = outputs["text_encoder_3"][0]
     return text, pooled
 
 

@@ -183,7 +183,7 @@ def sd3_like(path: pathlib.Path, *, depth: int, table: int, normed: bool) -> pat
     return header_only(path, shapes)
 
 
-def bad_inputs(tmp_path: pathlib.Path, sd35_file: pathlib.Path, sd35_folder: pathlib.Path):
+def bad_inputs(tmp_path: pathlib.Path, sd35_file: pathlib.Path):
     """(what is wrong, the input, words of the message)"""
     write = lambda name, data: (tmp_path / name).write_bytes(data) and tmp_path / name
     yield "absent", tmp_path / "nowhere.safetensors", "does not exist"
@@ -214,9 +214,9 @@ def bad_inputs(tmp_path: pathlib.Path, sd35_file: pathlib.Path, sd35_folder: pat
     yield "empty folder", tmp_path / "void", "holds no *.safetensors file"
 
 
-def test_bad_input_is_one_line(tmp_path, sd35_file, sd35_folder):
+def test_bad_input_is_one_line(tmp_path, sd35_file):
     out = tmp_path / "out"
-    for what, path, words in bad_inputs(tmp_path, sd35_file, sd35_folder):
+    for what, path, words in bad_inputs(tmp_path, sd35_file):
         with pytest.raises(ConversionError) as caught:
             convert.convert(path, out)
         message = str(caught.value)
@@ -242,6 +242,7 @@ def test_command_lines_exit_2_with_one_line(tmp_path, sd35_file, checkpoints, py
     assert sorted(path.name for path in tmp_path.iterdir()) == ["existing"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of writes that orbax leaves behind
 def test_a_full_disk_leaves_nothing(tmp_path, sd35_file):
     small = tmp_path / "small"
     small.mkdir()
