@@ -43,22 +43,25 @@ def convert(
     """
     if output.exists():
         raise ConversionError(f"output {output} exists already: give a new directory, or remove it")
+    if not 0 <= seed < 2**32:
+        raise ConversionError(f"--seed {seed} must be 0 to 2**32 - 1")
     source = open_source(path)
     config = config_of(source)
     if wrong := problems(source, config):
         raise ConversionError(f"{path} does not fit the architecture of Stable Diffusion 3.5 Medium", wrong)
     needed = sum(leaf.size * (jnp.dtype(dtype).itemsize if path[0] == "params" else 4) for path, leaf in rules.target(config).items())
-    embedding = encode_prompt(config, text_encoders, prompt, source)
-    with staged(output, needed) as partial, tqdm(total=len(source.tensors), unit="tensor", dynamic_ncols=True) as bar:
-        checkpoint.write_config(partial, config)
-        frozen = fill(source, config, "frozen", "float32", bar)
-        checkpoint.save_frozen(partial, Frozen(**{**unflatten_dict(frozen)["frozen"], **embedding}))
-        del frozen
-        params = fill(source, config, "params", dtype, bar)
-        if not source.has_new_parts:
-            params |= new_parameters(config, seed, dtype)
-        bar.set_postfix_str("writing")
-        checkpoint.save_tree(partial / checkpoint.WEIGHTS, unflatten_dict(params)["params"])
+    with staged(output, needed) as partial:
+        embedding = encode_prompt(config, text_encoders, prompt, source)
+        with tqdm(total=len(source.tensors), unit="tensor", dynamic_ncols=True) as bar:
+            checkpoint.write_config(partial, config)
+            frozen = fill(source, config, "frozen", "float32", bar)
+            checkpoint.save_frozen(partial, Frozen(**{**unflatten_dict(frozen)["frozen"], **embedding}))
+            del frozen
+            params = fill(source, config, "params", dtype, bar)
+            if not source.has_new_parts:
+                params |= new_parameters(config, seed, dtype)
+            bar.set_postfix_str("writing")
+            checkpoint.save_tree(partial / checkpoint.WEIGHTS, unflatten_dict(params)["params"])
     return config
 
 

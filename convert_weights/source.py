@@ -148,8 +148,11 @@ def _header(file: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file; what else it may be is told apart."""
     if not file.exists():
         raise ConversionError(f"{file} does not exist: give sd3.5_medium.safetensors or a diffusers folder")
-    with file.open("rb") as stream:
-        start = stream.read(64)
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(64)
+    except OSError as error:
+        raise ConversionError(f"{file} cannot be read: {error.strerror}") from error
     zipped_or_plain = start[:4] == b"PK\x03\x04" or start[:1] == b"\x80" and start[8:9] != b"{"  # a header's length may begin with any byte
     if file.suffix in (".ckpt", ".pt", ".pth", ".bin") or zipped_or_plain:
         _refuse_pickle(file)
@@ -196,6 +199,8 @@ def _refuse_other_models(source: Source) -> None:
     if source.config is not None:
         return
     trunk, vae = (any(name.startswith(prefix) for name in tensors) for prefix in rules.PREFIXES[layout])
+    if any(name.startswith("transformer_blocks.") for name in tensors):
+        raise ConversionError(f"{source.path} is one part of a diffusers folder: give the folder, which holds transformer/ and vae/")
     if not trunk:
         what = "an autoencoder without a transformer" if vae else "no model known here"
         example = next(iter(sorted(tensors)), "no tensor at all")

@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from tqdm import tqdm
 
 from convert_weights import rules
-from convert_weights.source import ConversionError, Source, open_source
+from convert_weights.source import ConversionError, Source, config_of, open_source
 from svdp_jax import checkpoint, cli
 from svdp_jax.config import Config, ConfigError, ModelConfig
 from svdp_jax.models import tokens
@@ -70,12 +71,24 @@ def verify(directory: pathlib.Path, path: pathlib.Path) -> list[Comparison]:
     config, weights = checkpoint.find_weights(directory)
     if config.autoencoder.kind != "kl":
         raise ConversionError(f"checkpoint {directory} was not converted from Stable Diffusion 3.5: its autoencoder is {config.autoencoder.kind}")
+    if rules.target(config_of(source)) != rules.target(config):
+        raise ConversionError(f"checkpoint {directory} was not made of {path}: the two have different sizes")
     inputs = draw_inputs(config, config.data.size, config.data.size)
-    theirs = run_reference(path, inputs, dtype=checkpoint.stored_dtype(weights))
-    inputs["noisy"], inputs["latents"] = theirs.pop("noisy"), theirs["VAE encode"]
-    ours = autoencoder_stages(config, checkpoint.load_frozen(directory), inputs)  # alone: on a CPU it takes gigabytes
-    params, frozen = _load(directory)
-    ours |= network_stages(config, params, frozen, inputs)
+    with tqdm(total=4, desc="diffusers", dynamic_ncols=True) as bar:
+
+        def next_is(what: str) -> None:
+            bar.update()
+            bar.set_description(what)
+
+        theirs = run_reference(path, inputs, dtype=checkpoint.stored_dtype(weights))
+        inputs["noisy"], inputs["latents"] = theirs.pop("noisy"), theirs["VAE encode"]
+        next_is("autoencoder")
+        ours = autoencoder_stages(config, checkpoint.load_frozen(directory), inputs)
+        next_is("loading")
+        params, frozen = _load(directory)
+        next_is("network")
+        ours |= network_stages(config, params, frozen, inputs)
+        next_is("done")
     return [compare_tables(config, frozen, source), *(compare(stage, ours[stage], theirs[stage]) for stage in ours)]
 
 

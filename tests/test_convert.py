@@ -202,6 +202,8 @@ def bad_inputs(tmp_path: pathlib.Path, sd35_file: pathlib.Path):
     yield "lora", header_only(tmp_path / "lora.safetensors", {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (4, 8)}), "a LoRA"
     yield "vae", header_only(tmp_path / "vae.safetensors", {"first_stage_model.encoder.conv_in.weight": (8, 3, 3, 3)}), "an autoencoder without"
     yield "other", header_only(tmp_path / "other.safetensors", {"lm_head.weight": (8, 3)}), "no model known here (it has lm_head.weight)"
+    part = {"transformer_blocks.0.attn.to_q.weight": (8, 8)}
+    yield "part of a folder", header_only(tmp_path / "diffusion_pytorch_model.safetensors", part), "is one part of a diffusers folder"
     trunk = {name: value for name, value in load_file(sd35_file).items() if not name.startswith("first_stage_model.")}
     save_file(trunk, tmp_path / "trunk.safetensors")
     yield "no autoencoder", tmp_path / "trunk.safetensors", "no autoencoder"
@@ -232,6 +234,7 @@ def test_command_lines_exit_2_with_one_line(tmp_path, sd35_file, checkpoints, py
         (["convert_weights", "--input", sd35_file, "--output", existing], "exists already"),
         (["convert_weights", "--input", sd35_file, "--output", tmp_path / "out", "--prompt", "a face"], "needs --text-encoders"),
         (["convert_weights", "--input", sd35_file, "--output", tmp_path / "out", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["convert_weights", "--input", sd35_file, "--output", tmp_path / "out", "--seed", -1], "must be 0 to"),
         (["convert_weights.export", "--checkpoint", tmp_path, "--output", tmp_path / "x.safetensors"], "is not a checkpoint"),
         (["convert_weights.export", "--checkpoint", checkpoints["float32"], "--output", sd35_file], "exists already"),
         (["convert_weights.verify", "--checkpoint", tmp_path, "--source", tmp_path / "no.safetensors"], ""),

@@ -1,5 +1,6 @@
 """The conversion against diffusers and transformers themselves (extra `parity`), on random weights."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -100,6 +101,18 @@ def test_verify_finds_what_is_wrong(checkpoints, published, tmp_path, python):
     failed = [line[:28].strip() for line in result.stdout.splitlines() if line.endswith("  FAIL")]
     assert failed[:2] == ["position table", "patch embedding"] and "velocity" in failed and "VAE decode" not in failed
     assert "stages differ: position table, patch embedding" in result.stdout.splitlines()[-1]
+
+
+def test_verify_refuses_what_was_made_of_something_else(sd35_file, tmp_path, python):
+    demo = pathlib.Path(__file__).parents[1] / "svdp_jax" / "assets" / "demo" / "checkpoint"
+    result = python("-m", "convert_weights.verify", "--checkpoint", demo, "--source", sd35_file)
+    assert result.returncode == 2 and "its autoencoder is linear" in result.stderr and len(result.stderr.splitlines()) == 1
+    _, params, _ = checkpoint.load_stored(demo)
+    other = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, width=64, heads=1))
+    checkpoint.write_config(tmp_path, other)
+    checkpoint.save_tree(tmp_path / checkpoint.WEIGHTS, params)
+    result = python("-m", "convert_weights.verify", "--checkpoint", tmp_path, "--source", sd35_file)
+    assert result.returncode == 2 and "was not made of" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 # --------------------------------------------------------------------------------------------------------------- text
