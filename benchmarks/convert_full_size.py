@@ -1,8 +1,8 @@
 """Conversion at full size: python benchmarks/convert_full_size.py [--workdir DIR] [--dtype float32] [--json FILE]
 
 Writes random weights in the layout and size of the published sd3.5_medium.safetensors (909 tensors, float16, 4.76 GiB), converts
-them, and sends one 576x576 picture through diffusers and through the checkpoint. Needs the extra `parity`, 20 GB of disk and
-14 GB of memory, and no network. Prints wall time and peak memory (RssAnon, of every process by itself) and, last, one line of JSON.
+them, and sends one 576x576 picture through diffusers and through the checkpoint. Needs the extra `parity`, 20 GB of disk,
+24 GB of memory, and no network. Prints wall time and peak memory (RssAnon, of every process by itself) and, last, one line of JSON.
 """
 
 import argparse
