@@ -21,6 +21,7 @@ from importlib.metadata import version
 import numpy as np
 
 from convert_weights import rules
+from convert_weights.export import write_safetensors
 from svdp_jax.config import Config
 
 
@@ -38,17 +39,9 @@ def random_tensor(generator: np.random.Generator, name: str, shape: tuple[int, .
 def write_source(path: pathlib.Path, config: Config) -> None:
     """A random file in the published layout, tensor by tensor."""
     shapes = {name: shape for name, (shape, _) in rules.expected(config, "original").items()}
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": (start, end)}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     generator = np.random.default_rng(0)
-    with path.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in shapes.items():
-            stream.write(random_tensor(generator, name, shape).tobytes())
+    values = (random_tensor(generator, name, shape) for name, shape in shapes.items())
+    write_safetensors(path, {name: (np.dtype(np.float16), shape) for name, shape in shapes.items()}, values, metadata={})
 
 
 def measured(arguments: list[str]) -> tuple[str, float, dict[str, int]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -32,27 +33,35 @@ def export(directory: pathlib.Path, output: pathlib.Path) -> None:
         raise ConversionError(f"output {output} exists already: give a new file, or remove it")
     config, params, frozen = checkpoint.load_stored(directory)
     arrays = flatten_dict({"params": params, "frozen": frozen._asdict()})
-    slots = rules.slots(config, "diffusers")
-    shapes = rules.expected(config, "diffusers")
-    header: dict[str, Any] = {"__metadata__": {CONFIG_KEY: json.dumps(to_dict(config)), "format": "pt"}}
+    slots, shapes = rules.slots(config, "diffusers"), rules.expected(config, "diffusers")
+    tensors = {name: (arrays[slot.path].dtype, shapes[name][0]) for slot in slots for name in slot.tensors}
+
+    def values() -> Iterator[np.ndarray]:
+        for slot in tqdm(slots, unit="array", dynamic_ncols=True):
+            yield from rules.to_source(config, slot, arrays[slot.path] if slot.layer is None else arrays[slot.path][slot.layer])
+
+    with staged(output, sum(array.nbytes for array in arrays.values())) as partial:
+        write_safetensors(partial, tensors, values(), metadata={CONFIG_KEY: json.dumps(to_dict(config)), "format": "pt"})
+
+
+def write_safetensors(
+    path: pathlib.Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]], values: Iterable[np.ndarray], *, metadata: dict[str, str]
+) -> None:
+    """A safetensors file of `tensors` (name -> type, shape), whose values come in the same order, one at a time.
+
+    The library's own writer wants all of them in memory at once.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
-    for slot in slots:
-        dtype = arrays[slot.path].dtype
-        for name in slot.tensors:
-            shape, _ = shapes[name]
-            start, end = end, end + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": TYPES[dtype.name], "shape": shape, "data_offsets": (start, end)}
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": TYPES[dtype.name], "shape": shape, "data_offsets": (start, end)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    # One tensor after the other: the library's writer wants all of them in memory at once, beside the checkpoint.
-    with staged(output, end + len(text)) as partial, tqdm(total=len(slots), unit="array", dynamic_ncols=True) as bar:
-        with partial.open("wb") as stream:
-            stream.write(len(text).to_bytes(8, "little") + text)
-            for slot in slots:
-                array = arrays[slot.path] if slot.layer is None else arrays[slot.path][slot.layer]
-                for tensor in rules.to_source(config, slot, array):
-                    stream.write(np.ascontiguousarray(tensor).tobytes())
-                bar.update()
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for value in values:
+            stream.write(value.tobytes())
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Which tensor of Stable Diffusion 3.5 becomes which parameter of ours, in both published layouts. Read it as a table.
 
-`ROWS` name modules: ours | the original single file | the diffusers folder | form. A form says how the module's tensors are
+A `Row` names a module: ours | the original single file | the diffusers folder | form. A form says how the module's tensors are
 laid out: einops patterns from the original's tensor to our array, which run backwards for the export. Where diffusers
 stores the same numbers otherwise, the form says how. Rows without an original name are our own parts, which only files that
 `convert_weights.export` wrote contain.

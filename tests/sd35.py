@@ -4,7 +4,6 @@ Run by itself (extra `parity`), it writes `sd35_reference.npz`: what diffusers m
 """
 
 import pathlib
-import sys
 import tempfile
 import zlib
 
@@ -27,7 +26,7 @@ CONFIG = Config(
     data=DataConfig(size=128),
 )
 HEIGHT, WIDTH = 96, 128  # pixels of the pictures: not square
-REFERENCE = pathlib.Path(__file__).with_suffix("").parent / "sd35_reference.npz"
+REFERENCE = pathlib.Path(__file__).parent / "sd35_reference.npz"
 STRIDE = 7  # every 7th value of a stage is kept: of every channel, some
 EULER_STEPS = 8
 
@@ -130,7 +129,6 @@ def kept(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
     with tempfile.TemporaryDirectory() as scratch, jax.default_matmul_precision("highest"):
         np.savez_compressed(REFERENCE, **kept(reference(write_source(pathlib.Path(scratch, "source.safetensors")))))
     print(REFERENCE, REFERENCE.stat().st_size)
