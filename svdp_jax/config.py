@@ -118,12 +118,16 @@ class DataConfig:
     fps: float = 25.0
     face_scale: float = 2.3  # side of the crop, in sides of the face box
     region_margin: float = 0.06  # around eyes, nose and mouth, in sides of the face box
+    region_jitter: float = 0.0  # in training: standard deviation of each edge of a window's regions, in sides of the face box
+    corrupt_limit: float = 0.01  # share of the records that may be corrupt; they are left out
     workers: int = 0  # processes that decode; 0 uses threads
     cache: bool = False  # keep decoded clips in memory: for data sets that fit
 
     def __post_init__(self):
         _positive(self, "size frames fps face_scale")
         _check(self.region_margin >= 0, "data.region_margin", self.region_margin, "must not be negative")
+        _check(self.region_jitter >= 0, "data.region_jitter", self.region_jitter, "must not be negative")
+        _check(0 <= self.corrupt_limit <= 1, "data.corrupt_limit", self.corrupt_limit, "must be a share, 0 to 1")
         _check(self.workers >= 0, "data.workers", self.workers, "must not be negative")
         _check(0 <= self.history < self.frames, "data.history", self.history, f"must be 0 to {self.frames - 1}: history comes from one window")
 

@@ -186,3 +186,21 @@ def test_writing_a_clip_that_does_not_fit_together(tmp_path, change, problem):
 def test_writing_two_kinds_of_landmarks(tmp_path):
     with pytest.raises(ValueError, match="clip-1 has 478 landmarks, the ones before it have 68"):
         clips.write_clips([make_clip(0), make_clip(1, points=478)], tmp_path, split="train", shard=0, shards=1)
+
+
+def test_a_clip_without_a_driver_stays_one(tmp_path):
+    clip = clips.without_driver(make_clip(0))._replace(video="people/one.mp4", start=2.5)
+    clips.write_clips([clip], tmp_path, split="train", shard=0, shards=1)
+    clips.finish(tmp_path)
+    read = clips.open_clips(tmp_path, split="train")[0]
+    assert not read.has_driver and read.driver.shape == (0, *read.target.shape[1:]) and (read.video, read.start) == (clip.video, clip.start)
+    np.testing.assert_array_equal(read.target_landmarks, clip.target_landmarks)
+
+
+def test_a_stored_clip_decodes_what_is_asked_for(tmp_path):
+    clips.write_clips([make_clip(0)], tmp_path, split="train", shard=0, shards=1)
+    clips.finish(tmp_path)
+    dataset = clips.open_clips(tmp_path, split="train")
+    stored, whole = dataset.stored(0), dataset[0]
+    assert len(stored.target) == len(whole.target)
+    np.testing.assert_array_equal(stored.driver[[3, 1]], whole.driver[[3, 1]])

@@ -172,12 +172,12 @@ def test_seeds_differ(data):
 def test_a_corrupt_record_is_replaced_and_nothing_else_changes(tmp_path, data, caplog):
     write(tmp_path, [make_clip(number) for number in range(COUNT)])
     flip_bytes(clips.shard_path(tmp_path, split="train", shard=0, shards=2), b"clip-4")
-    damaged = dataclasses.replace(data, path=str(tmp_path))
+    damaged = dataclasses.replace(data, path=str(tmp_path), corrupt_limit=0.5)
     whole = take(2 * COUNT, data)
     with caplog.at_level(logging.WARNING):
         replaced = take(2 * COUNT, damaged)
     warnings = [record.getMessage() for record in caplog.records if record.name == loader.__name__]
-    assert len(warnings) == 1 and "1 bad so far" in warnings[0] and "record 2 of" in warnings[0]  # the third of the first shard
+    assert len(warnings) == 1 and f"1 of {COUNT} so far" in warnings[0] and "record 2 of" in warnings[0]  # the third of the first shard
     assert_same(take(2 * COUNT, damaged, threads=4), replaced)
     hit = 0
     for one, other in zip(whole, replaced, strict=True):
@@ -191,10 +191,36 @@ def test_a_corrupt_record_is_replaced_and_nothing_else_changes(tmp_path, data, c
     assert hit == 8
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_corrupt_records_stop_the_run(tmp_path, data, workers):
+    write(tmp_path, [make_clip(number) for number in range(COUNT)])
+    flip_bytes(clips.shard_path(tmp_path, split="train", shard=0, shards=2), b"clip-4")
+    with pytest.raises(video.MediaError, match=rf"1 of {COUNT} records .* more than data.corrupt_limit=0.01 allows.*record 2 of"):
+        take(2 * COUNT, dataclasses.replace(data, path=str(tmp_path), workers=workers))
+    take(2 * COUNT, dataclasses.replace(data, path=str(tmp_path), workers=workers, corrupt_limit=1 / COUNT))
+
+
+def test_regions_are_jittered_in_training_alone(data):
+    jittered = dataclasses.replace(data, region_jitter=0.05)
+    plain, moved, again = take(2, data), take(2, jittered), take(2, jittered)
+    assert_same(moved, again)
+    for one, other in zip(plain, moved, strict=True):
+        assert (one.target == other.target).all() and (one.source == other.source).all()
+        assert ((one.driving > 0) != (other.driving > 0)).any()
+    clip = make_clip(0)
+    np.testing.assert_array_equal(loader.whole_clip(clip, jittered)[1], loader.whole_clip(clip, data)[1])
+
+
+def test_a_clip_without_a_driver_asks_for_pairs(tmp_path, data):
+    write(tmp_path, [clips.without_driver(make_clip(number)) for number in range(COUNT)])
+    with pytest.raises(ConfigError, match="has no driver yet; `python -m svdp_jax.data.pairs`"):
+        loader.batches(dataclasses.replace(data, path=str(tmp_path)), split="train", seed=0, batch=1)
+
+
 def test_a_short_clip_among_others_is_replaced(tmp_path, data, caplog):
     write(tmp_path, [make_clip(number, frames=6 if number == 3 else FRAMES) for number in range(COUNT)])
     with caplog.at_level(logging.WARNING):
-        batches = take(COUNT, dataclasses.replace(data, path=str(tmp_path)))
+        batches = take(COUNT, dataclasses.replace(data, path=str(tmp_path), corrupt_limit=0.5))
     assert 3 not in np.concatenate([clip_numbers(batch.source) for batch in batches])
     assert any("clip-3" in record.getMessage() for record in caplog.records)
 

@@ -84,8 +84,26 @@ def test_encode_decode(count, strict):
 def test_decoded_frames_do_not_depend_on_those_before():
     data = video.encode(clip(6), fps=NTSC)
     with av.open(io.BytesIO(data)) as container:
-        apart = [frame.to_ndarray(format="rgb24", **video._CONVERSION) for frame in container.decode(video=0)]
+        apart = [frame.to_ndarray(format="rgb24", **video._QUICK_CONVERSION) for frame in container.decode(video=0)]
     np.testing.assert_array_equal(video.decode(data), apart)
+
+
+@pytest.mark.parametrize("fps", [NTSC, Fraction(25), Fraction(24)])
+@pytest.mark.parametrize("numbers", [[0], [29], [7, 8], [21, 22, 3], [16, 28], [8]])
+def test_some_frames_of_a_clip_are_those_of_all(fps, numbers):
+    data = video.encode(clip(30), fps=fps)
+    np.testing.assert_array_equal(video.decode(data, numbers), video.decode(data)[numbers])
+
+
+def test_a_frame_that_a_clip_does_not_have_is_missed():
+    with pytest.raises(MediaError, match="1 of 2 frames are damaged or missing"):
+        video.decode(video.encode(clip(6), fps=NTSC), [5, 6])
+
+
+@pytest.mark.parametrize("fps, rate, shown", [(25, 25, [0, 1, 2, 3]), (50, 25, [0, 2]), (30, 25, [0, 1, 2, 3]), (12, 25, [0, 0, 0, 1, 1, 2, 2, 3, 3]), (NTSC, 15, [0, 1, 3])])
+def test_frames_at_another_rate_are_those_seen_then(fps, rate, shown):
+    frames = [np.full((2, 2, 3), number, np.uint8) for number in range(4)]
+    assert [frame.max() for frame in video.at_rate(frames, fps=fps, rate=rate)] == shown
 
 
 def test_encode_and_decode_name_what_is_wrong():

@@ -1,6 +1,7 @@
 """The record format: pairs of clips in ArrayRecord shards, which tensorflow-datasets reads as any other dataset.
 
-In and out: `Clip`, two portraits in the same motion, frames [N,H,W,3] and landmarks [N,K,2] each. On disk a dataset is
+In and out: `Clip`, two portraits in the same motion, frames [N,H,W,3] and landmarks [N,K,2] each; one that has no driver yet
+has 0 frames of it. On disk a dataset is
 
     DIRECTORY/clips-{split}.array_record-{shard:05d}-of-{shards:05d}    one record per clip; frames are mp4 (H.264) bytes
     DIRECTORY/dataset_info.json, features.json                          written last, by `finish`: without them it is no dataset
@@ -10,10 +11,11 @@ TensorFlow is not needed, neither to write nor to read.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -34,6 +36,8 @@ MAKE = "make one with `python -m svdp_jax.data.synthetic --output {0}` or `pytho
 FEATURES = tfds.features.FeaturesDict(
     {
         "id": tfds.features.Text(),
+        "video": tfds.features.Text(),
+        "start": np.float64,
         "fps": np.float64,
         "target": tfds.features.Tensor(shape=(), dtype=np.object_),  # mp4
         "driver": tfds.features.Tensor(shape=(), dtype=np.object_),  # mp4
@@ -41,6 +45,7 @@ FEATURES = tfds.features.FeaturesDict(
         "driver_landmarks": tfds.features.Tensor(shape=(None, None, 2), dtype=np.float32, encoding="bytes"),
     }
 )
+_SERIALIZER = example_serializer.ExampleSerializer(FEATURES.get_serialized_info())
 
 
 class Clip(NamedTuple):
@@ -48,10 +53,35 @@ class Clip(NamedTuple):
 
     id: str
     fps: float  # frames per second
-    target: UInt8[np.ndarray, "N H W 3"]  # the real clip, RGB
-    driver: UInt8[np.ndarray, "N H W 3"]  # the other person
+    target: UInt8[np.ndarray, "N H W 3"] | Frames  # the real clip, RGB
+    driver: UInt8[np.ndarray, "N H W 3"] | Frames  # the other person; 0 frames where there is none yet
     target_landmarks: Float[np.ndarray, "N K 2"]
     driver_landmarks: Float[np.ndarray, "N K 2"]
+    video: str = ""  # that it was cut from; other videos are taken to show other people
+    start: float = 0.0  # seconds, in that video
+
+    @property
+    def has_driver(self) -> bool:
+        return len(self.driver_landmarks) > 0
+
+
+class Frames:
+    """Frames of a stored clip, decoded when they are asked for, by a list of their numbers."""
+
+    def __init__(self, mp4: bytes, count: int):
+        self.mp4 = mp4
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, numbers: Sequence[int]) -> UInt8[np.ndarray, "N H W 3"]:
+        return video.decode(self.mp4, numbers)
+
+
+def without_driver(clip: Clip) -> Clip:
+    """`clip` with its target alone."""
+    return clip._replace(driver=clip.target[:0], driver_landmarks=clip.target_landmarks[:0])
 
 
 def shard_path(directory: str | os.PathLike, *, split: str, shard: int, shards: int) -> pathlib.Path:
@@ -66,27 +96,17 @@ def write_clips(clips: Iterable[Clip], directory: str | os.PathLike, *, split: s
     A clip whose parts do not fit together (lengths, sizes, dtypes), or whose K differs from the first one's: ValueError."""
     path = shard_path(directory, split=split, shard=shard, shards=shards)
     path.parent.mkdir(parents=True, exist_ok=True)
-    serializer = example_serializer.ExampleSerializer(FEATURES.get_serialized_info())
     partial = path.with_name(f".{path.name}.partial")
     # Records are read one by one, in any order; mp4 would not shrink any further.
     writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
     points = None
     try:
         for clip in clips:
-            _check_clip(clip)
+            record = serialize(clip)
             points = points or clip.target_landmarks.shape[1]
             if clip.target_landmarks.shape[1] != points:
                 raise ValueError(f"clip {clip.id} has {clip.target_landmarks.shape[1]} landmarks, the ones before it have {points}")
-            fps = Fraction(clip.fps).limit_denominator(1001)
-            record = {
-                "id": clip.id,
-                "fps": clip.fps,
-                "target": video.encode(clip.target, fps=fps, crf=CRF),
-                "driver": video.encode(clip.driver, fps=fps, crf=CRF),
-                "target_landmarks": clip.target_landmarks,
-                "driver_landmarks": clip.driver_landmarks,
-            }
-            writer.write(serializer.serialize_example(FEATURES.encode_example(record)))
+            writer.write(record)
         writer.close()
         partial.rename(path)
     finally:
@@ -94,6 +114,23 @@ def write_clips(clips: Iterable[Clip], directory: str | os.PathLike, *, split: s
             writer.close()
         partial.unlink(missing_ok=True)
     return path
+
+
+def serialize(clip: Clip) -> bytes:
+    """A record: the clip's frames as mp4, its landmarks and where it is from. Always the same bytes for the same clip."""
+    _check_clip(clip)
+    fps = Fraction(clip.fps).limit_denominator(1001)
+    record = {
+        "id": clip.id,
+        "video": clip.video,
+        "start": clip.start,
+        "fps": clip.fps,
+        "target": video.encode(clip.target, fps=fps, crf=CRF),
+        "driver": video.encode(clip.driver, fps=fps, crf=CRF) if clip.has_driver else b"",
+        "target_landmarks": clip.target_landmarks,
+        "driver_landmarks": clip.driver_landmarks if clip.has_driver else clip.target_landmarks[:1],  # tfds reads no empty array
+    }
+    return _SERIALIZER.serialize_example(FEATURES.encode_example(record))
 
 
 def finish(directory: str | os.PathLike) -> dict[str, int]:
@@ -149,22 +186,37 @@ class Clips:
 
     def __getitem__(self, index: int) -> Clip:
         """Clip number `index`, decoded. A record that cannot be read: MediaError; no such record: IndexError."""
+        clip = self.stored(index)
+        with self._named(index):
+            clip = clip._replace(target=clip.target[range(len(clip.target))])
+            clip = clip._replace(driver=clip.driver[range(len(clip.driver))]) if clip.has_driver else without_driver(clip)
+            _check_clip(clip)
+        return clip
+
+    def stored(self, index: int) -> Clip:
+        """Clip number `index` with `Frames`, of which none is decoded yet. Errors as above; those of decoding come later."""
         if not 0 <= index < len(self):
             raise IndexError(f"clip {index} of {len(self)}")
-        try:
+        with self._named(index):
             record = self.records[index]
-            clip = Clip(
+            driver_landmarks = record["driver_landmarks"] if record["driver"] else record["target_landmarks"][:0]
+            return Clip(
                 id=record["id"].decode(),
                 fps=float(record["fps"]),
-                target=video.decode(record["target"]),
-                driver=video.decode(record["driver"]),
+                target=Frames(record["target"], len(record["target_landmarks"])),
+                driver=Frames(record["driver"], len(driver_landmarks)),
                 target_landmarks=record["target_landmarks"],
-                driver_landmarks=record["driver_landmarks"],
+                driver_landmarks=driver_landmarks,
+                video=record["video"].decode(),
+                start=float(record["start"]),
             )
-            _check_clip(clip)
+
+    @contextlib.contextmanager
+    def _named(self, index: int) -> Iterator[None]:
+        try:
+            yield
         except (RuntimeError, ValueError, DecodeError) as error:  # of ArrayRecord, of video and _check_clip, of the record itself
             raise video.MediaError(f"record {index} of {self.path}: {error}") from error
-        return clip
 
 
 def open_clips(directory: str | os.PathLike, *, split: str) -> Clips:
@@ -195,12 +247,12 @@ def _check_clip(clip: Clip) -> None:
     shape = clip.target.shape
     if len(shape) != 4 or shape[0] == 0 or shape[1] != shape[2] or shape[3] != 3 or clip.target.dtype != np.uint8:
         raise ValueError(f"clip {clip.id} has target frames {clip.target.dtype}{list(shape)}; they must be square, uint8[N,H,H,3]")
-    if clip.driver.shape != shape or clip.driver.dtype != np.uint8:
+    if clip.driver.shape != (shape if clip.has_driver else (0, *shape[1:])) or clip.driver.dtype != np.uint8:
         driver = f"{clip.driver.dtype}{list(clip.driver.shape)}"
         raise ValueError(f"clip {clip.id} has driver frames {driver}; those of the target are uint8{list(shape)}")
     points = clip.target_landmarks.shape[1:2]
-    for name, landmarks in (("target_landmarks", clip.target_landmarks), ("driver_landmarks", clip.driver_landmarks)):
-        if landmarks.shape != (shape[0], *points, 2) or not np.isfinite(landmarks).all():
+    for name, landmarks, frames in (("target_landmarks", clip.target_landmarks, clip.target), ("driver_landmarks", clip.driver_landmarks, clip.driver)):
+        if landmarks.shape != (len(frames), *points, 2) or not np.isfinite(landmarks).all():
             raise ValueError(f"clip {clip.id} has {name} {list(landmarks.shape)}; they must be finite, [{shape[0]},K,2], one K for both")
 
 

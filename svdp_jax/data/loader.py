@@ -33,6 +33,8 @@ ATTEMPTS = 16  # records tried for one sample; if all are bad, so is the dataset
 Frame = UInt8[np.ndarray, "H W 3"]
 Frames = UInt8[np.ndarray, "N H W 3"]
 
+Corrupt = tuple[int, str]  # number of a record, and what is wrong with it
+
 _log = logging.getLogger(__name__)
 
 
@@ -63,9 +65,10 @@ def batches(
     share = batch // process_count
     make = Samples(clips, data, seed=seed)
 
-    def at_step(step: int) -> Batch:
+    def at_step(step: int) -> tuple[Batch, list[Corrupt]]:
         first = step * batch + process_index * share
-        return Batch(*map(np.stack, zip(*(make(first + i) for i in range(share)), strict=True)))
+        samples, corrupt = zip(*(make(first + i) for i in range(share)), strict=True)
+        return Batch(*map(np.stack, zip(*samples, strict=True))), [record for records in corrupt for record in records]
 
     dataset = grain.MapDataset.range(start_step, sys.maxsize).map(at_step)
     if data.workers == 0:
@@ -75,14 +78,22 @@ def batches(
             flags.FLAGS.mark_as_parsed()  # grain reads absl's flags, which only absl's own main would have parsed
         ahead = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2))
-    stream = _stream(iter(ahead))
+    stream = _stream(iter(ahead), clips, limit=data.corrupt_limit)
     atexit.register(_close, weakref.ref(stream))
     return stream
 
 
-def _stream(iterator: grain.DatasetIterator[Batch]) -> Generator[Batch, None, None]:
+def _stream(iterator: grain.DatasetIterator, clips: clips_lib.Clips, *, limit: float) -> Generator[Batch, None, None]:
+    bad: set[int] = set()  # kept here and not where records are read, so that it is the same for any number of workers
     try:
-        for batch in iterator:
+        for batch, corrupt in iterator:
+            for number, problem in corrupt:
+                if number not in bad:
+                    bad.add(number)
+                    _log.warning("corrupt record skipped, another one stands in (%d of %d so far): %s", len(bad), len(clips), problem)
+            if len(bad) > limit * len(clips):
+                share = f"{len(bad)} of {len(clips)} records of {clips.path} are corrupt, more than data.corrupt_limit={limit:g} allows"
+                raise video.MediaError(f"{share}; the last: {problem}; make the dataset again")
             yield Batch(*map(np.array, batch))  # a copy: workers' arrays lie in shared memory, which ends with them
     finally:
         iterator.close()
@@ -95,38 +106,29 @@ def _close(stream: weakref.ref[Generator[Batch, None, None]]) -> None:
 
 
 class Samples:
-    """Sample i of training with `seed`, as a Batch without its first axis."""
+    """Sample i of training with `seed`, as a Batch without its first axis, and the corrupt records it met on the way."""
 
     def __init__(self, clips: clips_lib.Clips, data: DataConfig, *, seed: int):
         self.clips = clips
         self.data = data
         self.seed = seed
-        self.bad: set[int] = set()
-        self.read = functools.cache(self._read) if data.cache else self._read
+        self.read = functools.cache(clips.__getitem__) if data.cache else clips.stored
 
-    def __call__(self, index: int) -> Batch:
+    def __call__(self, index: int) -> tuple[Batch, list[Corrupt]]:
         epoch, position = divmod(index, len(self.clips))
         number = int(_order(self.seed, epoch, len(self.clips))[position])
         rng = np.random.default_rng((self.seed, 1, index))
-        for _ in range(ATTEMPTS):
+        corrupt: list[Corrupt] = []
+        while len(corrupt) < ATTEMPTS:
             try:
                 clip = self.read(number)
+                _check_clip(clip, self.data)
+                # The window is drawn from a generator of its own, so that it does not depend on what was corrupt before.
+                return cut(clip, self.data, rng=np.random.default_rng((self.seed, 2, index))), corrupt
             except (video.MediaError, ConfigError) as error:
-                self._warn(number, error)
+                corrupt.append((number, str(error)))
                 number = int(rng.integers(len(self.clips)))
-            else:
-                return cut(clip, self.data, rng=rng)
         raise video.MediaError(f"sample {index}: {ATTEMPTS} records of {self.clips.path} in a row cannot be used; make the dataset again")
-
-    def _read(self, number: int) -> clips_lib.Clip:
-        clip = self.clips[number]
-        _check_clip(clip, self.data)
-        return clip
-
-    def _warn(self, number: int, error: Exception) -> None:
-        if number not in self.bad:
-            self.bad.add(number)
-            _log.warning("bad record replaced by another one (%d bad so far): %s", len(self.bad), error)
 
 
 def cut(clip: clips_lib.Clip, data: DataConfig, *, rng: np.random.Generator) -> Batch:
@@ -136,12 +138,14 @@ def cut(clip: clips_lib.Clip, data: DataConfig, *, rng: np.random.Generator) -> 
     first = start + data.history
     source = int(rng.integers(len(clip.target) - span))
     source += span if source >= start else 0  # the window is not there to choose from
-    window = slice(first, start + span)
+    jitter = rng.normal(scale=data.region_jitter, size=(4, 4)) if data.region_jitter else 0
+    target = _resize(clip.target[[*range(start, start + span), source]], data.size)
+    window = range(first, start + span)
     return Batch(
-        target=_resize(clip.target[window], data.size),
-        history=_resize(clip.target[start:first], data.size),
-        source=_resize(clip.target[source : source + 1], data.size)[0],
-        driving=_driving(clip.driver[window], clip.driver_landmarks[window], data),
+        target=target[data.history : span],
+        history=target[: data.history],
+        source=target[span],
+        driving=_driving(clip.driver[window], clip.driver_landmarks[window], data, jitter=jitter),
     )
 
 
@@ -152,11 +156,15 @@ def whole_clip(clip: clips_lib.Clip, data: DataConfig) -> tuple[Frame, Frames, F
     return source, driving, _resize(clip.target[:-1], data.size)
 
 
-def _driving(frames: Frames, landmarks: Float[np.ndarray, "N K 2"], data: DataConfig) -> UInt8[np.ndarray, "N {data.size} {data.size} 3"]:
+def _driving(
+    frames: Frames, landmarks: Float[np.ndarray, "N K 2"], data: DataConfig, *, jitter: Float[np.ndarray, "4 4"] | float = 0.0
+) -> UInt8[np.ndarray, "N {data.size} {data.size} 3"]:
     # Masked at the size the model sees: a resized mask would have soft edges, and leak.
     scale = data.size / frames.shape[1]
     landmarks = (landmarks + 0.5) * scale - 0.5  # pixel centres are integers
-    return faces.mask_frames(_resize(frames, data.size), faces.regions(landmarks, margin=data.region_margin))
+    boxes = faces.regions(landmarks, margin=data.region_margin)
+    face = np.median(faces.face_box(landmarks)[:, 2] - faces.face_box(landmarks)[:, 0])
+    return faces.mask_frames(_resize(frames, data.size), (boxes + jitter * face).astype(np.float32))
 
 
 def _resize(frames: Frames, size: int) -> UInt8[np.ndarray, "N {size} {size} 3"]:
@@ -175,23 +183,29 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 def _check_first(clips: clips_lib.Clips, data: DataConfig) -> None:
     """Most often a dataset is wrong as a whole: then the first readable clip shows it."""
+    if not len(clips):
+        raise ConfigError(f"data {clips.path} has no clips; {clips_lib.MAKE.format(data.path)}")
     for number in range(min(len(clips), ATTEMPTS)):
         try:
-            clip = clips[number]
+            clip = clips.stored(number)
+            _check_clip(clip, data)
+            size = clip.target[[0]].shape[1]
         except video.MediaError as error:
             last = error
             continue
-        return _check_clip(clip, data)
+        if size < data.size:
+            raise ConfigError(f"clip {clip.id} of {data.path} has frames of {size} pixels; data.size={data.size} must not be larger")
+        return
     raise ConfigError(f"data {data.path}: none of the first records can be read ({last}); {clips_lib.MAKE.format(data.path)}")
 
 
 def _check_clip(clip: clips_lib.Clip, data: DataConfig) -> None:
-    frames, size = clip.target.shape[:2]
+    frames = len(clip.target)
     name, needed = f"clip {clip.id} of {data.path}", data.history + data.frames + 1
     if frames < needed:
         window = f"data.history={data.history}, data.frames={data.frames} and a source"
         raise ConfigError(f"{name} has {frames} frames; {window} need {needed}")
-    if size < data.size:
-        raise ConfigError(f"{name} has frames of {size} pixels; data.size={data.size} must not be larger")
+    if not clip.has_driver:
+        raise ConfigError(f"{name} has no driver yet; `python -m svdp_jax.data.pairs` makes pairs of clips")
     if abs(clip.fps - data.fps) > 0.01:
         raise ConfigError(f"{name} has {clip.fps:g} frames per second; set data.fps to that, or make clips of data.fps={data.fps:g}")
