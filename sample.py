@@ -4,10 +4,12 @@
     python sample.py -s PHOTO -d VIDEO -o DIR --checkpoint DIR
 
 Writes {source}--{driving}.mp4 with the driver's frame rate, frame count and sound, the same beside its inputs
-(_concat.mp4), and a .json that says how it was made.
+(_concat.mp4), and a .json that says how it was made. Finished windows are kept beside them until then: after a crash,
+--resume goes on from the last one.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -15,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import cv2
 import jax
@@ -24,7 +26,7 @@ import tyro
 from tqdm import tqdm
 
 import svdp_jax
-from svdp_jax import checkpoint, cli, pipeline
+from svdp_jax import checkpoint, cli, pipeline, rendering
 from svdp_jax.config import Config, ConfigError, load_config
 from svdp_jax.data import faces, inputs, video
 
@@ -56,11 +58,15 @@ class Flags:
     landmarker: pathlib.Path | None = None
     """MediaPipe's face_landmarker.task, or landmarks in a .npz (default: $SVDP_FACE_LANDMARKER, else a simple detector)."""
     face: int | None = None
-    """Which face, 0 being the largest (default: the largest)."""
+    """Which face of the source, 0 being the largest (default: the largest)."""
+    driving_face: int | None = None
+    """Which face of the driver's first frame that shows any (default: the largest)."""
     align: bool = True
     """Crop both faces to the same size and place."""
     paste_back: bool = True
     """Put the animated crop back into the whole picture."""
+    resume: bool = False
+    """Continue an interrupted rendering; the result is that of one that was not interrupted."""
 
 
 def main(flags: Flags) -> None:
@@ -77,43 +83,64 @@ def main(flags: Flags) -> None:
     config = read_config(flags)
     name = f"{source.stem}--{driving.stem}"
     make_writable(flags.output, name)
-    prepared = inputs.prepare(
-        source, driving, config.data, landmarker=flags.landmarker, face=flags.face, align=flags.align and not bundled, max_frames=flags.max_frames
-    )
+    finished = flags.output / f".{name}.windows"
+    kept = rendering.windows_in(finished)
+    if kept and not flags.resume:
+        raise ConfigError(f"{finished} holds {kept} finished windows of an interrupted rendering; continue it with --resume, or delete it to begin anew")
+    if kept:
+        prepared = inputs.load(finished / rendering.INPUTS, source, driving, config.data)
+    else:
+        prepared = inputs.prepare(
+            source,
+            driving,
+            config.data,
+            landmarker=flags.landmarker,
+            face=flags.face,
+            driving_face=flags.driving_face,
+            align=flags.align and not bundled,
+            max_frames=flags.max_frames,
+        )
+    provenance = checkpoint.fingerprint(flags.checkpoint)
+    settings = settings_of(flags, config, source, driving, provenance)
+    if kept:
+        rendering.check_settings(finished, settings)
+    else:
+        rendering.begin(finished, settings, bytes_needed=3 * len(prepared.landmarks) * prepared.size**2)
+        inputs.save(prepared, finished / rendering.INPUTS)
 
     # ---------------------------------------------------------------------------------------------------------- weights
-    loading = time.perf_counter()
-    config, params, frozen = checkpoint.load_weights(flags.checkpoint)
-    config = override(config, flags)
-    params = jax.device_put(params)
-
-    # ---------------------------------------------------------------------------------------------------------- animate
-    animating = time.perf_counter()
-    finished = flags.output / f".{name}.windows"  # each finished window, losslessly, until the videos are written
-    shutil.rmtree(finished, ignore_errors=True)
-    finished.mkdir()
+    loading = animating = time.perf_counter()
     frames = len(prepared.landmarks)
     windows = -(-frames // config.data.frames)
-    with tqdm(total=windows * config.sample.steps, unit="step", desc=f"{frames} frames, {windows} windows", dynamic_ncols=True) as bar:
-        masked = inputs.masked_frames(prepared, config.data)
-        results = pipeline.animate(config, params, frozen, prepared.source, masked, jax.random.key(flags.seed), progress=bar.update)
-        for window, result in enumerate(results):
-            np.save(finished / f"{window:06d}.npy", result)
+    if kept < windows:
+        config, params, frozen = checkpoint.load_weights(flags.checkpoint)
+        config = override(config, flags)
+        params = jax.device_put(params)
+
+        # ------------------------------------------------------------------------------------------------------ animate
+        animating = time.perf_counter()
+        steps, total = config.sample.steps, windows * config.sample.steps
+        bar = tqdm(total=total, initial=kept * steps, unit="step", desc=f"{frames} frames, {windows} windows", dynamic_ncols=True)
+        with bar, cli.interrupted(f"finished windows are kept in {finished}: --resume continues"):
+            masked = inputs.masked_frames(prepared, config.data, start=kept * config.data.frames)
+            key, after = jax.random.key(flags.seed), rendering.last(finished)
+            for window in pipeline.animate(config, params, frozen, prepared.source, masked, key, after=after, progress=bar.update):
+                rendering.save(finished, window)
 
     # ------------------------------------------------------------------------------------------------------------ write
     writing = time.perf_counter()
     made = {
         "note": "synthesised: this video shows events that did not happen",
         "version": f"svdp_jax {svdp_jax.__version__}",
-        "checkpoint": checkpoint.fingerprint(flags.checkpoint),
+        "checkpoint": provenance,
     }
     metadata = {"title": name, "comment": "; ".join([made["note"], made["version"], f"checkpoint {made['checkpoint']}"])}
     written = [flags.output / f"{name}.mp4"]
-    pictures = whole_pictures(saved(finished), prepared, paste_back=flags.paste_back)
+    pictures = whole_pictures(rendering.frames(finished), prepared, paste_back=flags.paste_back)
     video.write_video(written[0], pictures, fps=prepared.info.fps, audio_from=driving, metadata=metadata)
     if flags.concat:
         written.append(flags.output / f"{name}_concat.mp4")
-        pictures = side_by_side(saved(finished), prepared)
+        pictures = side_by_side(rendering.frames(finished), prepared)
         video.write_video(written[1], pictures, fps=prepared.info.fps, audio_from=driving, metadata=metadata)
     done = time.perf_counter()
     record = made | {
@@ -124,6 +151,7 @@ def main(flags: Flags) -> None:
         "seed": flags.seed,
         "steps": config.sample.steps,
         "guidance": config.sample.guidance,
+        "windows": {"rendered": windows - kept, "resumed": kept},
         "seconds": {"inputs": loading - started, "load": animating - loading, "animate": writing - animating, "write": done - writing},
     }
     written.append(flags.output / f"{name}.json")
@@ -160,10 +188,23 @@ def make_writable(directory: pathlib.Path, name: str) -> None:
             raise ConfigError(f"--output {directory} cannot be written: {path.name} is a folder there; move it or choose another directory")
 
 
-def saved(finished: pathlib.Path) -> Iterator[np.ndarray]:
-    """The frames of all finished windows, [size, size, 3] each."""
-    for path in sorted(finished.glob("*.npy")):
-        yield from np.load(path)
+def settings_of(flags: Flags, config: Config, source: pathlib.Path, driving: pathlib.Path, provenance: str) -> dict[str, Any]:
+    """All that decides the frames: a rendering can be continued with the same settings alone."""
+
+    def digest(path: pathlib.Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+    choices = {name: getattr(flags, name) for name in ("seed", "face", "driving_face", "align", "max_frames")}
+    return choices | {
+        "version": svdp_jax.__version__,
+        "checkpoint": provenance,
+        "source": digest(source),
+        "driving": digest(driving),
+        "landmarker": str(flags.landmarker),
+        "steps": config.sample.steps,
+        "guidance": config.sample.guidance,
+    }
 
 
 def whole_pictures(frames: Iterator[np.ndarray], prepared: inputs.Inputs, *, paste_back: bool) -> Iterator[np.ndarray]:

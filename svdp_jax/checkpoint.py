@@ -167,7 +167,9 @@ def fingerprint(directory: pathlib.Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(path for path in pathlib.Path(directory).rglob("*") if path.is_file()):
         digest.update(str(path.relative_to(directory)).encode())
-        digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            while part := file.read(2**24):
+                digest.update(part)
     return digest.hexdigest()[:16]
 
 

@@ -32,15 +32,30 @@ class ArgumentParser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def messages(*mistakes: type[Exception]) -> Iterator[None]:
-    """Around a command line: an exception of these types becomes one line on stderr and exit status 2, a warning one line."""
+    """Around a command line: an exception of these types becomes one line on stderr and exit status 2, a warning one line.
+
+    Ctrl-C becomes one line and status 130.
+    """
     before, warnings.formatwarning = warnings.formatwarning, _warning_line
     try:
         yield
     except mistakes as problem:
         print(f"error: {' '.join(str(problem).splitlines())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as end:
+        print(f"interrupted{''.join(f'; {what}' for what in end.args)}", file=sys.stderr)
+        sys.exit(130)
     finally:
         warnings.formatwarning = before
+
+
+@contextlib.contextmanager
+def interrupted(advice: str) -> Iterator[None]:
+    """Inside `messages`: what to say where Ctrl-C ends this part."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(advice) from None
 
 
 def _warning_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:

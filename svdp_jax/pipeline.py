@@ -8,17 +8,25 @@ Encode, roll out, decode. Files, faces and crops are `data.inputs`; what happens
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, UInt8
+from jaxtyping import Array, Float32, Key, UInt8
 
 from svdp_jax import sampler, train_state
 from svdp_jax.config import Config, SampleConfig
 from svdp_jax.models.autoencoder import make_autoencoder, to_bytes, to_unit
 from svdp_jax.types import Frozen
+
+
+class Window(NamedTuple):
+    """A finished window: what is shown of it, and what the next one needs."""
+
+    number: int  # from 0
+    frames: UInt8[np.ndarray, "n H W 3"]  # F of them, but for a last window
+    history: Float32[np.ndarray, "P h w C"]  # its last latents
 
 
 def animate(
@@ -30,14 +38,17 @@ def animate(
     key: Key[Array, ""],
     *,
     sample: SampleConfig | None = None,
+    after: Window | None = None,
     progress: Callable[[int], None] = lambda steps: None,
-) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
-    """Yields the frames of each window; over all windows, exactly as many as `driving` has.
+) -> Iterator[Window]:
+    """Yields one window after the other; together they have exactly as many frames as `driving`.
 
-    `driving` is consumed as it is needed, so its length is no matter of memory. `progress` is called with the denoising
-    steps that are done.
+    `driving` is consumed as it is needed, so its length is no matter of memory. With `after`, the last window of an earlier
+    call, it begins behind that window's frames, and what comes is to the bit what that call would have yielded. `progress` is
+    called with the denoising steps that are done.
     """
     encode, decode = make_coders(config, frozen)
+    first = after.number + 1 if after else 0
     lengths: list[int] = []  # frames of each window that count
 
     def encoded_windows():
@@ -55,10 +66,13 @@ def animate(
         key,
         sample=sample or config.sample,
         history=config.data.history,
+        first=first,
+        past=jnp.asarray(after.history[None]) if after and config.data.history else None,
         progress=progress,
     )
-    for window in latents:
-        yield np.asarray(decode(window)[0])[: lengths[-1]]
+    for number, window in enumerate(latents, start=first):
+        history = np.asarray(window[0, len(window[0]) - config.data.history :])
+        yield Window(number, np.asarray(decode(window)[0])[: lengths[-1]], history)
 
 
 def make_coders(config: Config, frozen: Frozen) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
@@ -92,7 +106,7 @@ def contact_sheet(
     columns: int = 8,
 ) -> UInt8[np.ndarray, "HH WW 3"]:
     """A picture of one clip: driving, result and truth, one below the other, at `columns` times; the source stands left."""
-    result = np.concatenate(list(animate(config, params, frozen, source, driving, jax.random.key(config.train.seed))))
+    result = np.concatenate([window.frames for window in animate(config, params, frozen, source, driving, jax.random.key(config.train.seed))])
     times = np.linspace(0, len(driving) - 1, min(columns, len(driving))).astype(int)
     rows = [np.concatenate([margin, *frames[times]], axis=1) for margin, frames in ((source, driving), (source, result), (source, target))]
     return np.concatenate(rows, axis=0)

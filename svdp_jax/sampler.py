@@ -115,11 +115,16 @@ def roll_out(
     *,
     sample: SampleConfig,
     history: int,
+    first: int = 0,
+    past: Float[Array, "B P h w C"] | None = None,
     progress: Callable[[int], None] = lambda steps: None,
 ) -> Iterator[Float[Array, "B F h w C"]]:
-    """The latents of one window after the other; each sees the last `history` frames of the one before it."""
-    past = None
-    for window, frames in enumerate(driving):
+    """The latents of one window after the other; each sees the last `history` frames of the one before it.
+
+    To go on where an earlier roll-out ended, give the number of the `first` window to make, of which `driving` begins, and the
+    `past`, the last `history` frames before it: the windows are then those of a roll-out that was not interrupted.
+    """
+    for window, frames in enumerate(driving, start=first):
         conditions = Conditions(source, frames, past)
         z = sample_window(model, params, constants, conditions, jax.random.fold_in(key, window), sample=sample, history=history, progress=progress)
         past = z[:, -history:] if history else None

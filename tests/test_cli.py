@@ -15,8 +15,8 @@ import skimage.data
 from conftest import ROOT
 
 from convert_weights.convert import convert
-from svdp_jax import checkpoint, pipeline, train_state
-from svdp_jax.data import faces, synthetic, video
+from svdp_jax import checkpoint, pipeline, rendering, train_state
+from svdp_jax.data import faces, inputs, synthetic, video
 
 FRAMES, FPS = 6, Fraction(30000, 1001)  # two windows of 4, the second not full
 
@@ -210,6 +210,60 @@ def test_the_seed_makes_the_video_and_so_does_guidance(sample, tmp_path):
     assert (first != result("seed", "--seed", "7")).any()
     # Eight steps of training leave little difference between the passes: a large weight makes it seen in 8 bits.
     assert (first != result("guidance", "--guidance", "100", "1", "1")).any()
+
+
+def test_a_rendering_that_was_cut_off_goes_on_as_if_it_had_not_been(sample, script, media, workdir, monkeypatch, tmp_path):
+    sample(tmp_path / "straight")
+    save, given = rendering.save, ["-s", media / "portrait.png", "-d", media / "motion.mp4", "--checkpoint", workdir, "-o", tmp_path / "cut"]
+
+    def crash(folder, window):
+        if window.number == 1:
+            raise MemoryError("the machine is gone")
+        save(folder, window)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(rendering, "save", crash)
+        script("sample.py", *given)
+    kept = tmp_path / "cut" / ".portrait--motion.windows"
+    assert not (tmp_path / "cut" / "portrait--motion.mp4").exists() and rendering.windows_in(kept) == 1
+    for flags, said in (([], "continue it with --resume"), (["--resume", "--seed", "7"], "seed was 42, is 7")):
+        status, _, err = script("sample.py", *given, *flags)
+        assert status == 2 and said in err.splitlines()[-1]
+    (kept / ".000001.npz.partial").write_bytes(b"half a window")
+    with monkeypatch.context() as patch:
+        patch.setattr(inputs, "prepare", lambda *_, **__: pytest.fail("faces are looked for again"))
+        sample(tmp_path / "cut", "--resume")
+    np.testing.assert_array_equal(*(frames_of(tmp_path / name / "portrait--motion.mp4") for name in ("straight", "cut")))
+    assert not kept.exists()
+    assert json.loads((tmp_path / "cut" / "portrait--motion.json").read_text())["windows"] == {"rendered": 1, "resumed": 1}
+
+
+def test_a_video_that_could_not_be_written_costs_no_window(sample, script, media, workdir, monkeypatch, tmp_path):
+    given = ["-s", media / "portrait.png", "-d", media / "motion.mp4", "--checkpoint", workdir, "-o", tmp_path / "out"]
+
+    def full(*_, **__):
+        raise video.MediaError("out.mp4: cannot be written; is the disk full?")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(video, "write_video", full)
+        status, _, err = script("sample.py", *given)
+        assert status == 2 and "is the disk full?" in err
+    monkeypatch.setattr(checkpoint, "load_weights", lambda directory: pytest.fail("there is nothing left to render"))
+    sample(tmp_path / "out", "--resume")
+
+
+def test_resuming_nothing_begins(sample, tmp_path):
+    sample(tmp_path / "out", "--resume")
+    assert len(frames_of(tmp_path / "out" / "portrait--motion.mp4")) == FRAMES
+
+
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(script, media, workdir, monkeypatch, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rendering, "save", interrupt)
+    status, _, err = script("sample.py", "-s", media / "portrait.png", "-d", media / "motion.mp4", "--checkpoint", workdir, "-o", tmp_path / "out")
+    assert status == 130 and "interrupted; finished windows are kept" in err.splitlines()[-1] and "Traceback" not in err
 
 
 @pytest.fixture

@@ -171,7 +171,7 @@ def test_a_batch_is_animated_as_one_clip_is(weights):
     key, done = jax.random.key(5), []
     models = rendered.make_models(CONFIG, *weights, progress=done.append)
     batch = models.animate(case.source[None], case.driving[None], key)
-    one = np.concatenate(list(pipeline.animate(CONFIG, *weights, case.source, case.driving, key)))
+    one = np.concatenate([window.frames for window in pipeline.animate(CONFIG, *weights, case.source, case.driving, key)])
     assert batch.shape == (1, 11, 32, 32, 3) and sum(done) == 3
     np.testing.assert_array_equal(batch[0], one)
     assert np.abs(np.diff(one.astype(int), axis=0)).mean() > 1  # it is no flat picture that would equal any other

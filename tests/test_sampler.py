@@ -190,7 +190,7 @@ def test_windows_are_made_as_they_are_asked_for():
 
 @pytest.fixture(scope="module")
 def animate():
-    """animate(frames, seed=0) -> (list of windows, steps reported): the tiny network on noise, through the pipeline."""
+    """animate(frames, seed=0, after=None) -> (list of windows, steps reported): the tiny network on noise, through the pipeline."""
     params, model = redrawn(fresh_params()), TINY.model
     autoencoder = make_autoencoder(TINY.autoencoder).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     frozen = Frozen(
@@ -203,28 +203,43 @@ def animate():
     source, driving = generator.integers(0, 256, (32, 32, 3), np.uint8), generator.integers(0, 256, (6, 32, 32, 3), np.uint8)
     sample = SampleConfig(steps=3, chunk=2, guidance=(1.0, 1.0, 1.0))
 
-    def call(*order, seed=0):
+    def call(*order, seed=0, after=None):
         steps = []
         frames = (driving[i] for i in order)
-        return list(pipeline.animate(TINY, params, frozen, source, frames, jax.random.key(seed), sample=sample, progress=steps.append)), steps
+        return list(pipeline.animate(TINY, params, frozen, source, frames, jax.random.key(seed), sample=sample, after=after, progress=steps.append)), steps
 
     return call
 
 
+def shown(windows):
+    return np.concatenate([window.frames for window in windows])
+
+
 def test_a_partial_window_gives_exactly_the_frames_of_the_driver(animate):
     windows, steps = animate(0, 1, 2, 3, 4, 5)
-    assert [frames.shape for frames in windows] == [(4, 32, 32, 3), (2, 32, 32, 3)]
-    assert all(frames.dtype == np.uint8 for frames in windows)
+    assert [window.frames.shape for window in windows] == [(4, 32, 32, 3), (2, 32, 32, 3)]
+    assert all(window.frames.dtype == np.uint8 for window in windows)
     assert sum(steps) == 2 * 3
-    assert min(frames.std() for frames in windows) > 5, "pictures of one colour would prove nothing"
+    assert min(window.frames.std() for window in windows) > 5, "pictures of one colour would prove nothing"
     padded, _ = animate(0, 1, 2, 3, 4, 5, 5, 5)  # a partial window repeats its last frame
-    np.testing.assert_array_equal(np.concatenate(windows), np.concatenate(padded)[:6])
+    np.testing.assert_array_equal(shown(windows), shown(padded)[:6])
 
 
 def test_the_seed_decides_and_nothing_else(animate):
-    one, again, other = (np.concatenate(animate(0, 1, 2, 3, 4, seed=seed)[0]) for seed in (0, 0, 1))
+    one, again, other = (shown(animate(0, 1, 2, 3, 4, seed=seed)[0]) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert np.abs(one.astype(int) - other).mean() > 1
+
+
+def test_going_on_after_a_window_is_as_if_nothing_had_happened(animate):
+    straight, _ = animate(0, 1, 2, 3, 4, 5, 1, 2, 0, 4)
+    rest, steps = animate(4, 5, 1, 2, 0, 4, after=straight[0])
+    assert [window.number for window in rest] == [1, 2] and sum(steps) == 2 * 3
+    for one, other in zip(straight[1:], rest, strict=True):
+        np.testing.assert_array_equal(one.frames, other.frames)
+        np.testing.assert_array_equal(one.history, other.history)
+    forgetful, _ = animate(4, 5, 1, 2, 0, 4, after=straight[0]._replace(history=straight[1].history))
+    assert (shown(forgetful) != shown(rest)).any(), "the history counts"
 
 
 def test_no_frames_make_no_windows(animate):

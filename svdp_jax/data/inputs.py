@@ -43,18 +43,20 @@ def prepare(
     *,
     landmarker: pathlib.Path | None = None,
     face: int | None = None,
+    driving_face: int | None = None,
     align: bool = True,
     max_frames: int | None = None,
 ) -> Inputs:
     """Reads both, finds the faces and the crops. Raises MediaError for whatever is wrong with them.
 
     Landmarks come from a `.npz` beside a file where there is one, else from `landmarker` (see `faces.make_detector`).
-    `align=False` takes the middle square of both as it is; the driver's landmarks are then for its mask alone.
+    `face` is the source's, `driving_face` the driver's, 0 being the largest. `align=False` takes the middle square of both as it is;
+    the driver's landmarks are then for its mask alone.
     """
     picture = video.read_image(source)
     info = video.probe(driving)
     frames = itertools.islice(video.read_frames(driving), max_frames)
-    landmarks = faces.track(frames, _detector(driving, landmarker), face=face, fps=info.fps, name=str(driving))
+    landmarks = faces.track(frames, _detector(driving, landmarker), face=driving_face, fps=info.fps, name=str(driving))
     if align:
         driver_crop = faces.driving_crop(landmarks, scale=data.face_scale)
         found = faces.find_face(picture, _detector(source, landmarker), face=face, name=str(source))
@@ -64,16 +66,28 @@ def prepare(
     return Inputs(picture, crop, driving, driver_crop, faces.crop_landmarks(landmarks, driver_crop, data.size), info, data.size)
 
 
-def driver_frames(inputs: Inputs) -> Iterator[UInt8[np.ndarray, "size size 3"]]:
-    """The driver's frames in its crop, unmasked."""
-    for frame in itertools.islice(video.read_frames(inputs.driver), len(inputs.landmarks)):
+def save(inputs: Inputs, path: pathlib.Path) -> None:
+    """Keeps what took time to find: `load` needs no detector."""
+    np.savez(path, crop=inputs.crop, driver_crop=inputs.driver_crop, landmarks=inputs.landmarks)
+
+
+def load(path: pathlib.Path, source: pathlib.Path, driving: pathlib.Path, data: DataConfig) -> Inputs:
+    """What `prepare` found in the same two files."""
+    with np.load(path) as stored:
+        crop, driver_crop = (faces.Crop(*stored[name].tolist()) for name in ("crop", "driver_crop"))
+        return Inputs(video.read_image(source), crop, driving, driver_crop, stored["landmarks"], video.probe(driving), data.size)
+
+
+def driver_frames(inputs: Inputs, *, start: int = 0) -> Iterator[UInt8[np.ndarray, "size size 3"]]:
+    """The driver's frames in its crop, unmasked, from number `start` on."""
+    for frame in itertools.islice(video.read_frames(inputs.driver), start, len(inputs.landmarks)):
         yield faces.apply_crop(frame, inputs.driver_crop, inputs.size)
 
 
-def masked_frames(inputs: Inputs, data: DataConfig) -> Iterator[UInt8[np.ndarray, "size size 3"]]:
-    """The driver's frames as the model sees them."""
-    boxes = faces.regions(inputs.landmarks, margin=data.region_margin)
-    for frame, box in zip(driver_frames(inputs), boxes, strict=True):
+def masked_frames(inputs: Inputs, data: DataConfig, *, start: int = 0) -> Iterator[UInt8[np.ndarray, "size size 3"]]:
+    """The driver's frames as the model sees them, from number `start` on."""
+    boxes = faces.regions(inputs.landmarks[start:], margin=data.region_margin)
+    for frame, box in zip(driver_frames(inputs, start=start), boxes, strict=True):
         yield faces.mask_frames(frame[None], box[None])[0]
 
 

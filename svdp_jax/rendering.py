@@ -1,0 +1,94 @@
+"""A rendering in progress: its finished windows on disk, until the video is written, so that a crash costs one window.
+
+In: windows (`pipeline.Window`), one after the other. Out: the last of them, to go on from, and all their frames, to the bit. A folder
+holds
+
+    settings.json     everything that decides the frames; a rendering is only continued with the same
+    inputs.npz        what was found out about source and driver (`data.inputs`)
+    000000.npz, ...   frames uint8 [n,H,W,3] and history float32 [P,h,w,C] of each window; a file is whole or not there
+
+One frame takes H x W x 3 bytes: 1 MB at 576 x 576, 25 MB a second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from svdp_jax.config import ConfigError
+from svdp_jax.pipeline import Window
+
+SETTINGS, INPUTS = "settings.json", "inputs.npz"
+
+
+def windows_in(folder: pathlib.Path) -> int:
+    """How many windows are finished."""
+    return len(_files(folder))
+
+
+def begin(folder: pathlib.Path, settings: dict[str, Any], *, bytes_needed: int) -> None:
+    """An empty folder for a new rendering; what an earlier one left without a finished window goes. ConfigError without room for it all."""
+    shutil.rmtree(folder, ignore_errors=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < bytes_needed:
+        raise ConfigError(f"{folder.parent} has {free / 1e9:.1f} GB free; finished windows need {bytes_needed / 1e9:.1f} GB until the video is written")
+    folder.mkdir()
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
+    """ConfigError, naming what differs, unless the rendering was begun with these settings."""
+    try:
+        before = json.loads((folder / SETTINGS).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--resume: {folder} cannot be continued ({error}); delete it to begin anew") from error
+    now = json.loads(json.dumps(settings))
+    changed = [f"{name} was {before.get(name)}, is {now.get(name)}" for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if changed:
+        raise ConfigError(f"--resume: {folder} was begun with other settings: {'; '.join(changed)}; use the same, or delete it to begin anew")
+
+
+def save(folder: pathlib.Path, window: Window) -> None:
+    """Keeps a window. ConfigError where there is no room for it; those before it stay."""
+    path = folder / f"{window.number:06d}.npz"
+    partial = folder / f".{path.name}.partial"
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, frames=window.frames, history=window.history)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); free some space and continue with --resume") from error
+
+
+def last(folder: pathlib.Path) -> Window | None:
+    """The last finished window; None where there is none yet."""
+    files = _files(folder)
+    if not files:
+        return None
+    with np.load(files[-1]) as stored:
+        return Window(len(files) - 1, stored["frames"], stored["history"])
+
+
+def frames(folder: pathlib.Path) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+    """The frames of all windows, of which one is held at a time."""
+    for path in _files(folder):
+        with np.load(path) as stored:
+            yield from stored["frames"]
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The windows from the first on, as far as none is missing."""
+    found = []
+    while (path := folder / f"{len(found):06d}.npz").is_file():
+        found.append(path)
+    return found
