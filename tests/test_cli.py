@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from convert_weights.convert import convert
 from svdp_jax import checkpoint, pipeline, rendering, train_state
-from svdp_jax.data import faces, inputs, synthetic, video
+from svdp_jax.data import inputs, synthetic, video
 
 FRAMES, FPS = 6, Fraction(30000, 1001)  # two windows of 4, the second not full
 
@@ -27,9 +27,9 @@ def media(tmp_path_factory):
     folder = tmp_path_factory.mktemp("media")
     clip = synthetic.pair("validation", 1, frames=FRAMES, size=48)
     iio.imwrite(folder / "portrait.png", clip.target[0])
-    faces.write_landmarks(folder / "portrait.npz", clip.target_landmarks[:1])
+    detectors.write_landmarks(folder / "portrait.npz", clip.target_landmarks[:1])
     video.write_video(folder / "motion.mp4", clip.driver, fps=FPS, metadata={})
-    faces.write_landmarks(folder / "motion.npz", clip.driver_landmarks)
+    detectors.write_landmarks(folder / "motion.npz", clip.driver_landmarks)
     return folder
 
 

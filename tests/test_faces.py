@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import skimage.data
 
-from svdp_jax.data import faces, video
+from svdp_jax.data import detectors, faces, video
 from svdp_jax.data.video import MediaError
 
 MEDIA = pathlib.Path(os.environ.get("SVDP_TEST_MEDIA", pathlib.Path(__file__).parents[2] / "shared" / "data"))
@@ -16,7 +16,7 @@ LEFT_EYE, RIGHT_EYE, NOSE, MOUTH = slice(42, 48), slice(36, 42), slice(27, 36), 
 
 
 def a_face(x=100.0, y=80.0, side=120.0):
-    return (faces.average_face() * side + [x, y]).astype(np.float32)
+    return (detectors.average_face() * side + [x, y]).astype(np.float32)
 
 
 def random_face(rng, count=68):
@@ -122,6 +122,20 @@ def test_the_driving_crop_never_loses_the_face():
     assert box.min() >= -1.5 and box.max() <= 100.5
 
 
+def test_the_driving_crop_stays_on_the_frame_if_it_can():
+    clip = np.stack([a_face(x=10), a_face(x=40)])  # near the left edge
+    free = faces.driving_crop(clip, scale=2.0)
+    kept = faces.driving_crop(clip, scale=2.0, within=(640, 480))
+    assert free.x0 < 0 and kept.x0 == 0 and kept.side == free.side and kept.y0 == free.y0
+    small = faces.driving_crop(clip, scale=4.0, within=(640, 300))
+    assert small.side == 300 and small.y0 == 0
+    tight = faces.driving_crop(clip, scale=4.0, within=(640, 90))  # less high than the faces: they come before the frame
+    box = faces.face_box(faces.crop_landmarks(clip, tight, 100))
+    assert box.min() > -1.5 and box.max() < 101.5 and tight.side < 200
+    outside = faces.driving_crop(np.stack([a_face(x=-60)]), scale=2.0, within=(640, 480))
+    assert faces.face_box(faces.crop_landmarks(np.stack([a_face(x=-60)]), outside, 100)).min() > -1.5, "a face at the border is padded"
+
+
 def test_the_source_is_cropped_like_the_most_similar_driving_frame():
     rng = np.random.default_rng(5)
     driver = np.stack([random_face(rng) + rng.normal(0, 15, 2).astype(np.float32) for _ in range(12)])
@@ -175,7 +189,7 @@ def test_the_largest_face_is_followed_even_if_another_outgrows_it():
     per_frame = [[b, a] if n % 2 else [a, b] for n, (a, b) in enumerate(zip(one, other, strict=True))]
     np.testing.assert_allclose(track(per_frame)[2:-2], one[2:-2], atol=0.5)
     np.testing.assert_allclose(track(per_frame, face=1)[:, 0, 0], 300 + 0.11 * (50 + 20 * np.arange(10)), atol=20)
-    with pytest.raises(MediaError, match="face 2 asked for, and frame 0 of driving video shows 2"):
+    with pytest.raises(MediaError, match="driving video, frame 0: face 2 asked for, and 2 found"):
         track(per_frame, face=2)
     image = np.zeros((4, 4, 3), np.uint8)
     np.testing.assert_array_equal(faces.find_face(image, detector_of([[other[0], one[0]]])), one[0])
@@ -219,15 +233,21 @@ def test_smoothing_calms_jitter_delays_nothing_and_keeps_blinks():
 
 def test_landmark_files(tmp_path):
     landmarks = np.stack([a_face()] * 3)
-    faces.write_landmarks(tmp_path / "a.npz", landmarks)
-    np.testing.assert_array_equal(faces.read_landmarks(tmp_path / "a.npz"), landmarks)
-    detector = faces.make_detector(tmp_path / "a.npz")
+    detectors.write_landmarks(tmp_path / "a.npz", landmarks)
+    np.testing.assert_array_equal(detectors.read_landmarks(tmp_path / "a.npz"), landmarks)
+    detector = detectors.make_detector(tmp_path / "a.npz")
     frames = [np.zeros((4, 4, 3), np.uint8)] * 4
     np.testing.assert_allclose(faces.track(frames[:3], detector), landmarks, atol=1e-3)
     with pytest.raises(MediaError, match="landmarks of 3 frames, and the video has more"):
         detector(frames[3])
     with pytest.raises(MediaError, match="cannot be written"):
-        faces.write_landmarks(tmp_path / "no" / "a.npz", landmarks)
+        detectors.write_landmarks(tmp_path / "no" / "a.npz", landmarks)
+    landmarks[1] = np.nan  # no face there
+    detectors.write_landmarks(tmp_path / "gap.npz", landmarks)
+    detector = detectors.make_detector(tmp_path / "gap.npz")
+    assert [len(detector(frame)) for frame in frames[:3]] == [1, 0, 1]
+    landmarks[1, :5] = 0
+    detectors.write_landmarks(tmp_path / "half.npz", landmarks)
 
     (tmp_path / "junk.npz").write_text("junk")
     np.savez(tmp_path / "key.npz", points=landmarks)
@@ -235,14 +255,14 @@ def test_landmark_files(tmp_path):
     np.savez(tmp_path / "nan.npz", landmarks=np.full_like(landmarks, np.nan))
     np.savez(tmp_path / "count.npz", landmarks=landmarks[:, :5])
     np.savez(tmp_path / "words.npz", landmarks=np.array(["a"]))
-    for name in ("missing", "junk", "key", "shape", "nan", "count", "words"):
+    for name in ("missing", "junk", "key", "shape", "nan", "half", "count", "words"):
         with pytest.raises(MediaError, match=f"{name}.npz" if name != "count" else "5 landmarks per face"):
-            faces.read_landmarks(tmp_path / f"{name}.npz")
+            detectors.read_landmarks(tmp_path / f"{name}.npz")
 
 
 def test_the_cascade_finds_the_face_and_says_once_that_it_tracks_no_expression(monkeypatch):
     monkeypatch.delenv("SVDP_FACE_LANDMARKER", raising=False)
-    detector, astronaut = faces.make_detector(None), skimage.data.astronaut()
+    detector, astronaut = detectors.make_detector(None), skimage.data.astronaut()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert detector(np.zeros((100, 80, 3), np.uint8)).shape == (0, 68, 2)
@@ -266,21 +286,21 @@ def test_one_face_is_not_found_twice(monkeypatch):
         def detect_multi_scale(self, image, **options):
             return [{"c": c, "r": r, "width": width, "height": width} for c, r, width in ((30, 40, 20), (20, 20, 60), (100, 20, 40), (24, 24, 60))]
 
-    monkeypatch.setattr(faces, "Cascade", Cascade)
-    found = faces.cascade_detector()(np.zeros((200, 200, 3), np.uint8))
-    np.testing.assert_allclose(found, faces.average_face() * [[[60]], [[40]]] + [[[20, 20]], [[100, 20]]] - 0.5, rtol=1e-5)
+    monkeypatch.setattr(detectors, "Cascade", Cascade)
+    found = detectors.cascade_detector()(np.zeros((200, 200, 3), np.uint8))
+    np.testing.assert_allclose(found, detectors.average_face() * [[[60]], [[40]]] + [[[20, 20]], [[100, 20]]] - 0.5, rtol=1e-5)
 
 
 def test_unusable_landmarkers_are_named(tmp_path, monkeypatch):
     (tmp_path / "a.task").write_bytes(b"junk")
     monkeypatch.setitem(sys.modules, "mediapipe", None)
     with pytest.raises(MediaError, match=r"pip install 'svdp_jax\[face\]'"):
-        faces.make_detector(tmp_path / "a.task")
+        detectors.make_detector(tmp_path / "a.task")
     monkeypatch.setenv("SVDP_FACE_LANDMARKER", str(tmp_path / "missing.task"))
     with pytest.raises(MediaError, match="missing.task: does not exist"):
-        faces.make_detector(None)
+        detectors.make_detector(None)
     with pytest.raises(MediaError, match="a.onnx: must be a MediaPipe .task"):
-        faces.make_detector(tmp_path / "a.onnx")
+        detectors.make_detector(tmp_path / "a.onnx")
 
 
 needs_media = pytest.mark.skipif(not (MEDIA / "driving").is_dir(), reason="no real media: set SVDP_TEST_MEDIA")
@@ -289,7 +309,7 @@ needs_media = pytest.mark.skipif(not (MEDIA / "driving").is_dir(), reason="no re
 @needs_media
 @pytest.mark.skipif(importlib.util.find_spec("mediapipe") is None, reason="no MediaPipe: pip install 'svdp_jax[face]'")
 def test_mediapipe_on_real_faces():
-    detector = faces.make_detector(MEDIA / "face_landmarker.task")
+    detector = detectors.make_detector(MEDIA / "face_landmarker.task")
     frames = [frame for frame, _ in zip(video.read_frames(MEDIA / "driving" / "d18.mp4"), range(20), strict=False)]
     landmarks = faces.track(frames, detector)
     assert landmarks.shape == (20, 478, 2)
@@ -307,7 +327,7 @@ def test_mediapipe_on_real_faces():
 @needs_media
 @pytest.mark.filterwarnings("ignore:no landmarker given")
 def test_cascade_on_real_faces():
-    detector = faces.cascade_detector()
+    detector = detectors.cascade_detector()
     for name in ("s5.jpg", "s6.jpg", "s7.jpg"):
         image = video.read_image(MEDIA / "source" / name)
         box = faces.face_box(faces.find_face(image, detector))

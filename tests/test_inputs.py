@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from svdp_jax.config import DataConfig
-from svdp_jax.data import faces, inputs, synthetic, video
+from svdp_jax.data import detectors, faces, inputs, synthetic, video
 
 DATA = DataConfig(size=64, frames=4, history=2)
 FRAMES = 7
@@ -19,9 +19,9 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     clip = synthetic.pair("validation", 0, frames=FRAMES, size=96)
     iio.imwrite(folder / "portrait.png", clip.target[0])
-    faces.write_landmarks(folder / "portrait.npz", clip.target_landmarks[:1])
+    detectors.write_landmarks(folder / "portrait.npz", clip.target_landmarks[:1])
     video.write_video(folder / "motion.mp4", clip.driver, fps=Fraction(30000, 1001), metadata={})
-    faces.write_landmarks(folder / "motion.npz", clip.driver_landmarks)
+    detectors.write_landmarks(folder / "motion.npz", clip.driver_landmarks)
     return folder, clip
 
 
@@ -71,7 +71,7 @@ def test_an_aligned_source_face_has_the_drivers_size_and_place(pair, tmp_path):
     wide[80:176, 130:226] = clip.target[0]
     iio.imwrite(tmp_path / "wide.png", wide)
     landmarks = clip.target_landmarks[0] + np.float32([130, 80])
-    faces.write_landmarks(tmp_path / "wide.npz", landmarks[None])
+    detectors.write_landmarks(tmp_path / "wide.npz", landmarks[None])
     prepared = inputs.prepare(tmp_path / "wide.png", folder / "motion.mp4", DATA)
     assert prepared.source.shape == (64, 64, 3)
     source = faces.crop_landmarks(landmarks, prepared.crop, DATA.size)

@@ -13,7 +13,7 @@ from fractions import Fraction
 import imageio.v3 as iio
 
 from svdp_jax import cli
-from svdp_jax.data import faces, synthetic, video
+from svdp_jax.data import synthetic, video
 
 PAIR = 0
 FRAMES = 72
@@ -26,10 +26,10 @@ def write_bundle(directory: pathlib.Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     clip = synthetic.pair("test", PAIR, frames=FRAMES + 1, size=SIZE)
     iio.imwrite(directory / "source.png", clip.target[-1])
-    faces.write_landmarks(directory / "source.npz", clip.target_landmarks[-1:])
+    detectors.write_landmarks(directory / "source.npz", clip.target_landmarks[-1:])
     note = {"comment": "rendered: this person does not exist"}
     video.write_video(directory / "driving.mp4", clip.driver[:-1], fps=FPS, metadata=note)
-    faces.write_landmarks(directory / "driving.npz", clip.driver_landmarks[:-1])
+    detectors.write_landmarks(directory / "driving.npz", clip.driver_landmarks[:-1])
 
 
 if __name__ == "__main__":

@@ -94,18 +94,29 @@ def write_clips(clips: Iterable[Clip], directory: str | os.PathLike, *, split: s
     cut off may go on with the shards that are missing. After the last shard comes `finish`.
 
     A clip whose parts do not fit together (lengths, sizes, dtypes), or whose K differs from the first one's: ValueError."""
-    path = shard_path(directory, split=split, shard=shard, shards=shards)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    # Records are read one by one, in any order; mp4 would not shrink any further.
-    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
-    points = None
-    try:
+
+    def records() -> Iterator[bytes]:
+        points = None
         for clip in clips:
             record = serialize(clip)
             points = points or clip.target_landmarks.shape[1]
             if clip.target_landmarks.shape[1] != points:
                 raise ValueError(f"clip {clip.id} has {clip.target_landmarks.shape[1]} landmarks, the ones before it have {points}")
+            yield record
+
+    path = shard_path(directory, split=split, shard=shard, shards=shards)
+    write_records(records(), path)
+    return path
+
+
+def write_records(records: Iterable[bytes], path: pathlib.Path) -> None:
+    """An ArrayRecord file, which appears only when it is whole; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Records are read one by one, in any order; mp4 would not shrink any further.
+    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
+    try:
+        for record in records:
             writer.write(record)
         writer.close()
         partial.rename(path)
@@ -113,7 +124,6 @@ def write_clips(clips: Iterable[Clip], directory: str | os.PathLike, *, split: s
         if writer.is_open():
             writer.close()
         partial.unlink(missing_ok=True)
-    return path
 
 
 def serialize(clip: Clip) -> bytes:

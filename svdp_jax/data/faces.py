@@ -1,22 +1,16 @@
 """Faces: where they are, what of them the model sees, how they are cut out and put back.
 
-Frames uint8 [H, W, 3] go through a detector (MediaPipe, a file of landmarks, or a cascade) to landmarks float32 [N, K, 2]:
-pixels x, y, with pixel centres at integers; K is 68 (iBUG's order) or 478 (MediaPipe's). From landmarks follow one square
-crop for the clip, a crop of the source that shows its face at the same size and place, and the boxes of eyes, nose and
+Frames uint8 [H, W, 3] go through a detector (`data.detectors`) to landmarks float32 [N, K, 2] of one face: pixels x, y, with pixel
+centres at integers; K is 68 (iBUG's order) or 478 (MediaPipe's). From landmarks follow one square crop for the clip, a crop of
+the source that shows its face at the same size and place, and the boxes of eyes, nose and
 mouth, outside which a driving frame is black. "Left" is the person's left. The face box goes from brows to chin, so
 that it means the same for either K.
 """
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import os
-import pathlib
-import warnings
-import zipfile
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -24,18 +18,14 @@ import cv2
 import numpy as np
 from jaxtyping import Float32, UInt8
 from scipy.ndimage import gaussian_filter1d
-from skimage.data import lbp_frontal_face_cascade_filename
-from skimage.feature import Cascade
 
+from svdp_jax.data.detectors import Detector
 from svdp_jax.data.video import MediaError
-
-Detector = Callable[[UInt8[np.ndarray, "H W 3"]], Float32[np.ndarray, "faces K 2"]]
 
 LONGEST_GAP = 5  # frames without a face through which the last one is held
 RAISE = 0.1  # in sides of the face box, by which a crop sits higher, so that hair is on it
 FEATHER = 0.08  # in sides of the crop, over which an animated crop blends in
 HEAD_SIGMA, EXPRESSION_SIGMA = 1.5, 0.5  # frames, of the temporal smoothing
-CASCADE_SIZE = 300  # pixels, longest side of the picture in which the cascade looks
 ADVICE = "use a picture with a frontal, well-lit human face, or give landmarks (.npz) or face_landmarker.task as landmarker"
 EYE_HEIGHT = 0.12  # in sides of the face box: a wide-open eye. A blink must not shrink the box, or lids would be cut off.
 
@@ -110,28 +100,40 @@ def mask_frames(frames: UInt8[np.ndarray, "N H W 3"], boxes: Float32[np.ndarray,
     return frames * seen[..., None]
 
 
-def driving_crop(landmarks: Float32[np.ndarray, "N K 2"], *, scale: float) -> Crop:
-    """One crop for the whole clip: `scale` sides of the typical face box, around its typical place, larger where a face would leave it."""
+def driving_crop(landmarks: Float32[np.ndarray, "N K 2"], *, scale: float, within: tuple[int, int] | None = None) -> Crop:
+    """One crop for the whole clip: `scale` sides of the typical face box, around its typical place, larger where a face would leave it.
+
+    `within` is the width and height of the frames: the crop then stays on them as far as the face stays in it, moved and made
+    smaller if need be, so that few pixels, if any, are padding.
+    """
     boxes = face_box(landmarks)
+    low, high = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
     face = float(np.median(_side(boxes)))
     centre = np.median((boxes[:, :2] + boxes[:, 2:]) / 2, axis=0) - [0, RAISE * face]
-    reach = max(np.max(centre - boxes[:, :2]), np.max(boxes[:, 2:] - centre))
-    side = round(max(scale * face, 2 * reach))
-    x0, y0 = np.rint(centre + 0.5 - side / 2).astype(int).tolist()
+    side = round(max(scale * face, 2 * np.max([centre - low, high - centre])))
+    corner = centre + 0.5 - side / 2
+    if within:
+        side = max(min(side, *within), round(float(np.max(high - low))))
+        corner = np.clip(centre + 0.5 - side / 2, 0, np.maximum(np.array(within) - side, 0))
+        corner = np.clip(corner, high + 0.5 - side, low + 0.5)
+    x0, y0 = np.rint(corner).astype(int).tolist()
     return Crop(x0, y0, side)
 
 
-def source_crop(source_landmarks: Float[np.ndarray, "K 2"], driving_landmarks: Float[np.ndarray, "N K 2"], driving_crop: Crop) -> Crop:
-    """The crop that shows the source's face at the size and place of the driver's, in the frame whose face looks most like it.
-
-    Most like: the least distance between landmarks once both are centred and of one size, so that a head turned or
-    bent like the source's counts, and not where it is. Size and place are those of all landmarks together.
-    """
+def best_match(source_landmarks: Float[np.ndarray, "K 2"], driving_landmarks: Float[np.ndarray, "N K 2"]) -> int:
+    """The frame whose face looks most like the source's: the least distance between landmarks once both are centred and of one
+    size, so that a head turned or bent like the source's counts, and not where it is."""
     if source_landmarks.shape != driving_landmarks.shape[1:]:
         raise MediaError(f"source has {len(source_landmarks)} landmarks and driver {driving_landmarks.shape[1]}; use one landmarker for both")
-    source_place, source_size, source_shape = _normalised(source_landmarks)
-    places, sizes, shapes = _normalised(driving_landmarks)
-    best = np.argmin(np.square(shapes - source_shape).sum(axis=(1, 2)))
+    return int(np.argmin(np.square(_normalised(driving_landmarks)[2] - _normalised(source_landmarks)[2]).sum(axis=(1, 2))))
+
+
+def source_crop(source_landmarks: Float[np.ndarray, "K 2"], driving_landmarks: Float[np.ndarray, "N K 2"], driving_crop: Crop) -> Crop:
+    """The crop that shows the source's face at the size and place of the driver's in the `best_match`. Size and place are those of
+    all landmarks together."""
+    best = best_match(source_landmarks, driving_landmarks)
+    source_place, source_size, _ = _normalised(source_landmarks)
+    places, sizes, _ = _normalised(driving_landmarks)
     side = float(driving_crop.side * (source_size / sizes[best]).item())
     within = (places[best, 0] - [driving_crop.x0, driving_crop.y0] + 0.5) / driving_crop.side  # 0..1 in the crop
     x0, y0 = np.rint(source_place[0] + 0.5 - side * within).astype(int).tolist()
@@ -169,7 +171,10 @@ def find_face(image: UInt8[np.ndarray, "H W 3"], detector: Detector, *, face: in
     faces = detector(image)
     if not len(faces):
         raise MediaError(f"no face found in {name}: {ADVICE}")
-    return _nth_largest(faces, face, name)
+    try:
+        return _nth_largest(faces, face)
+    except MediaError as error:
+        raise MediaError(f"{name}: {error}") from error
 
 
 def track(
@@ -185,18 +190,43 @@ def track(
     Through at most LONGEST_GAP frames without it the last face is held; a longer gap is a MediaError that says when
     (`fps` and `name` are for that message).
     """
+    follow = Tracker(face=face)
     found: list[np.ndarray | None] = []
-    last = None
     for frame in frames:
-        faces = detector(frame)
-        if last is None and len(faces):
-            found.append(_nth_largest(faces, face, f"frame {len(found)} of {name}"))
-        else:
-            found.append(_nearest(faces, last) if len(faces) else None)
-        last = found[-1] if found[-1] is not None else last
-    if last is None:
+        try:
+            found.append(follow(detector(frame)))
+        except MediaError as error:
+            raise MediaError(f"{name}, frame {len(found)}: {error}") from error
+    if follow.last is None:
         raise MediaError(f"no face found in {name}: {ADVICE}")
-    return smooth(np.stack(_hold(found, fps=fps, name=name)))
+    _check_gaps(found, fps=fps, name=name)
+    return smooth(np.stack(hold(found)))
+
+
+class Tracker:
+    """Follows one face from frame to frame: the largest (or number `face`) of the first frame that shows any, then the nearest."""
+
+    def __init__(self, *, face: int | None = None):
+        self.face = face
+        self.last: np.ndarray | None = None
+
+    def __call__(self, faces: Float32[np.ndarray, "faces K 2"]) -> Float32[np.ndarray, "K 2"] | None:
+        """The face among those of the next frame; None where it is not there."""
+        if not len(faces):
+            return None
+        found = _nth_largest(faces, self.face) if self.last is None else _nearest(faces, self.last)
+        self.last = found if found is not None else self.last
+        return found
+
+
+def hold(found: Sequence[Float32[np.ndarray, "K 2"] | None]) -> list[Float32[np.ndarray, "K 2"]]:
+    """`found` with each gap filled by the face before it, a gap at the beginning by the first face."""
+    last = next(face for face in found if face is not None)
+    held = []
+    for face in found:
+        last = face if face is not None else last
+        held.append(last)
+    return held
 
 
 def smooth(landmarks: Float32[np.ndarray, "N K 2"]) -> Float32[np.ndarray, "N K 2"]:
@@ -212,127 +242,7 @@ def smooth(landmarks: Float32[np.ndarray, "N K 2"]) -> Float32[np.ndarray, "N K 
     return (expression * size + place).astype(np.float32)
 
 
-def make_detector(landmarker: str | os.PathLike | None) -> Detector:
-    """The detector for `landmarker`, or else for the environment's SVDP_FACE_LANDMARKER: a .task file (MediaPipe), a .npz file
-    (landmarks of each frame in turn); without either, the cascade."""
-    landmarker = landmarker or os.environ.get("SVDP_FACE_LANDMARKER")
-    if not landmarker:
-        return cascade_detector()
-    match pathlib.Path(landmarker).suffix:
-        case ".task":
-            return mediapipe_detector(landmarker)
-        case ".npz":
-            return precomputed_detector(read_landmarks(landmarker))
-    raise MediaError(f"landmarker {landmarker}: must be a MediaPipe .task file or a .npz file of landmarks")
-
-
-def mediapipe_detector(task_path: str | os.PathLike, *, max_faces: int = 4) -> Detector:
-    """MediaPipe's Face Landmarker, 478 landmarks, each image on its own."""
-    if not os.path.isfile(task_path):
-        raise MediaError(f"landmarker {task_path}: does not exist; the README says where to get face_landmarker.task")
-    try:
-        # In a thread, because the import keeps its callers' variables alive, and a landmarker closed as late as that prints a traceback.
-        with ThreadPoolExecutor(1) as thread:
-            mp = thread.submit(importlib.import_module, "mediapipe").result()
-    except (ImportError, OSError) as error:
-        raise MediaError(f"a .task landmarker needs MediaPipe ({error}): pip install 'svdp_jax[face]'") from error
-    vision = mp.tasks.vision
-    options = vision.FaceLandmarkerOptions(base_options=mp.tasks.BaseOptions(model_asset_path=os.fspath(task_path)), num_faces=max_faces)
-    try:
-        landmarker = vision.FaceLandmarker.create_from_options(options)
-    except (RuntimeError, ValueError) as error:
-        raise MediaError(f"landmarker {task_path}: not a Face Landmarker model; download face_landmarker.task again") from error
-
-    def detect(image: np.ndarray) -> np.ndarray:
-        result = landmarker.detect(mp.Image(image_format=mp.ImageFormat.SRGB, data=np.ascontiguousarray(image)))
-        points = np.array([[(p.x, p.y) for p in face] for face in result.face_landmarks], np.float32).reshape(-1, 478, 2)
-        return points * np.float32([image.shape[1], image.shape[0]]) - np.float32(0.5)
-
-    return detect
-
-
-def precomputed_detector(landmarks: Float32[np.ndarray, "N K 2"]) -> Detector:
-    """The n-th call finds the n-th face of `landmarks`: for the frames of one video, from the first on."""
-    calls = itertools.count()
-
-    def detect(image: np.ndarray) -> np.ndarray:
-        number = next(calls)
-        if number >= len(landmarks):
-            raise MediaError(f"landmarks of {len(landmarks)} frames, and the video has more; compute them for the whole video")
-        return landmarks[number : number + 1]
-
-    return detect
-
-
-def cascade_detector() -> Detector:
-    """scikit-image's cascade of frontal faces, and in each face 68 landmarks where an average, still face has them: warns of that."""
-    cascade = Cascade(lbp_frontal_face_cascade_filename())
-    average = average_face()
-
-    def detect(image: np.ndarray) -> np.ndarray:
-        shrink = min(CASCADE_SIZE / max(image.shape[:2]), 1)
-        small = cv2.resize(image, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
-        longest = max(small.shape[:2])
-        hits = cascade.detect_multi_scale(small, scale_factor=1.2, step_ratio=1, min_size=(longest // 6, longest // 6), max_size=(longest, longest))
-        boxes: list[np.ndarray] = []  # x, y, side, largest first
-        for x, y, side in sorted(((hit["c"], hit["r"], hit["width"]) for hit in hits), key=lambda box: -box[2]):
-            middle = np.array([x, y]) + side / 2
-            if not any((box[:2] <= middle).all() and (middle <= box[:2] + box[2]).all() for box in boxes):  # else a second find of one face
-                boxes.append(np.array([x, y, side]))
-        faces = [(average * box[2] + box[:2]) / shrink - 0.5 for box in boxes]
-        if faces:  # with none there is an error to come, which says the same
-            warnings.warn("no landmarker given: faces are found, expressions are not tracked; give face_landmarker.task (see README)", stacklevel=1)
-        return np.array(faces, np.float32).reshape(-1, 68, 2)
-
-    return detect
-
-
-def average_face() -> Float32[np.ndarray, "68 2"]:
-    """A frontal face at rest in iBUG's order, in sides of the box that the cascade puts around it."""
-
-    def arc(middle: tuple[float, float], radii: tuple[float, float], degrees: np.ndarray) -> np.ndarray:
-        angle = np.deg2rad(degrees)  # 0 is image right, 90 down
-        return np.stack([np.cos(angle), np.sin(angle)], axis=-1) * radii + middle
-
-    eye = np.array([180.0, 240, 300, 0, 60, 120])
-    points = [
-        arc((0.5, 0.40), (0.39, 0.63), np.linspace(180, 0, 17)),  # jaw
-        arc((0.30, 0.30), (0.12, 0.05), np.linspace(195, 345, 5)),  # brows
-        arc((0.70, 0.30), (0.12, 0.05), np.linspace(195, 345, 5)),
-        np.linspace([0.5, 0.38], [0.5, 0.63], 4),  # nose: bridge, then wings
-        arc((0.5, 0.63), (0.11, 0.04), np.linspace(180, 0, 5)),
-        arc((0.32, 0.39), (0.08, 0.03), eye),
-        arc((0.68, 0.39), (0.08, 0.03), eye),
-        arc((0.5, 0.78), (0.14, 0.05), np.arange(180.0, 540, 30)),  # lips: outer, then inner
-        arc((0.5, 0.78), (0.11, 0.015), np.arange(180.0, 540, 45)),
-    ]
-    return np.concatenate(points).astype(np.float32)
-
-
-def read_landmarks(path: str | os.PathLike) -> Float32[np.ndarray, "N K 2"]:
-    """The array `landmarks` of a .npz file; MediaError unless it is finite and of a shape that is known."""
-    try:
-        with np.load(path) as file:
-            landmarks = file["landmarks"].astype(np.float32)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise MediaError(f"landmarks {path}: not a .npz file with an array `landmarks` ({error})") from error
-    if landmarks.ndim != 3 or landmarks.shape[2] != 2 or not len(landmarks) or not np.isfinite(landmarks).all():
-        raise MediaError(f"landmarks {path}: array of shape {landmarks.shape}; must be finite numbers of shape [frames, 68 or 478, 2]")
-    _layout(landmarks)
-    return landmarks
-
-
-def write_landmarks(path: str | os.PathLike, landmarks: Float32[np.ndarray, "N K 2"]) -> None:
-    """Write the .npz file that `read_landmarks` reads."""
-    try:
-        with open(path, "wb") as file:
-            np.savez_compressed(file, landmarks=landmarks.astype(np.float32))
-    except OSError as error:
-        raise MediaError(f"landmarks {path}: cannot be written ({error.strerror})") from error
-
-
-def _hold(found: list[np.ndarray | None], *, fps: Fraction | float, name: str) -> list[np.ndarray]:
-    """`found` with each short gap filled by the face before it, a gap at the beginning by the first face."""
+def _check_gaps(found: list[np.ndarray | None], *, fps: Fraction | float, name: str) -> None:
     gaps, start = [], 0
     for missing, run in itertools.groupby(found, key=lambda face: face is None):
         stop = start + len(list(run))
@@ -341,18 +251,12 @@ def _hold(found: list[np.ndarray | None], *, fps: Fraction | float, name: str) -
         start = stop
     if gaps:
         raise MediaError(f"no face found in {name}, frames {', '.join(gaps)}: cut these parts out, or give landmarks of every frame (.npz)")
-    last = next(face for face in found if face is not None)
-    held = []
-    for face in found:
-        last = face if face is not None else last
-        held.append(last)
-    return held
 
 
-def _nth_largest(faces: np.ndarray, number: int | None, name: str) -> np.ndarray:
+def _nth_largest(faces: np.ndarray, number: int | None) -> np.ndarray:
     number = number or 0
     if not 0 <= number < len(faces):
-        raise MediaError(f"face {number} asked for, and {name} shows {len(faces)}; use 0 (the largest) to {len(faces) - 1}")
+        raise MediaError(f"face {number} asked for, and {len(faces)} found; use 0 (the largest) to {len(faces) - 1}")
     return faces[np.argsort(-_side(face_box(faces)))[number]]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from svdp_jax.config import DataConfig
-from svdp_jax.data import faces, video
+from svdp_jax.data import detectors, faces, video
 
 
 class Inputs(NamedTuple):
@@ -27,6 +27,7 @@ class Inputs(NamedTuple):
     driver: pathlib.Path
     driver_crop: faces.Crop  # one for the whole clip, so that the head moves in it
     landmarks: Float32[np.ndarray, "N K 2"]  # in the driver's crop, in pixels of `size`
+    source_landmarks: Float32[np.ndarray, "K 2"] | None  # in the crop of the picture; None where no face was looked for
     info: video.VideoInfo
     size: int
 
@@ -49,7 +50,7 @@ def prepare(
 ) -> Inputs:
     """Reads both, finds the faces and the crops. Raises MediaError for whatever is wrong with them.
 
-    Landmarks come from a `.npz` beside a file where there is one, else from `landmarker` (see `faces.make_detector`).
+    Landmarks come from a `.npz` beside a file where there is one, else from `landmarker` (see `detectors.make_detector`).
     `face` is the source's, `driving_face` the driver's, 0 being the largest. `align=False` takes the middle square of both as it is;
     the driver's landmarks are then for its mask alone.
     """
@@ -58,24 +59,27 @@ def prepare(
     frames = itertools.islice(video.read_frames(driving), max_frames)
     landmarks = faces.track(frames, _detector(driving, landmarker), face=driving_face, fps=info.fps, name=str(driving))
     if align:
-        driver_crop = faces.driving_crop(landmarks, scale=data.face_scale)
         found = faces.find_face(picture, _detector(source, landmarker), face=face, name=str(source))
+        driver_crop = faces.driving_crop(landmarks, scale=data.face_scale, within=(info.width, info.height))
         crop = faces.source_crop(found, landmarks, driver_crop)
+        found = faces.crop_landmarks(found, crop, data.size)
     else:
-        driver_crop, crop = middle_square(info.width, info.height), middle_square(picture.shape[1], picture.shape[0])
-    return Inputs(picture, crop, driving, driver_crop, faces.crop_landmarks(landmarks, driver_crop, data.size), info, data.size)
+        driver_crop, crop, found = middle_square(info.width, info.height), middle_square(picture.shape[1], picture.shape[0]), None
+    return Inputs(picture, crop, driving, driver_crop, faces.crop_landmarks(landmarks, driver_crop, data.size), found, info, data.size)
 
 
 def save(inputs: Inputs, path: pathlib.Path) -> None:
     """Keeps what took time to find: `load` needs no detector."""
-    np.savez(path, crop=inputs.crop, driver_crop=inputs.driver_crop, landmarks=inputs.landmarks)
+    found = {} if inputs.source_landmarks is None else {"source_landmarks": inputs.source_landmarks}
+    np.savez(path, crop=inputs.crop, driver_crop=inputs.driver_crop, landmarks=inputs.landmarks, **found)
 
 
 def load(path: pathlib.Path, source: pathlib.Path, driving: pathlib.Path, data: DataConfig) -> Inputs:
     """What `prepare` found in the same two files."""
     with np.load(path) as stored:
         crop, driver_crop = (faces.Crop(*stored[name].tolist()) for name in ("crop", "driver_crop"))
-        return Inputs(video.read_image(source), crop, driving, driver_crop, stored["landmarks"], video.probe(driving), data.size)
+        found = stored["source_landmarks"] if "source_landmarks" in stored else None
+        return Inputs(video.read_image(source), crop, driving, driver_crop, stored["landmarks"], found, video.probe(driving), data.size)
 
 
 def driver_frames(inputs: Inputs, *, start: int = 0) -> Iterator[UInt8[np.ndarray, "size size 3"]]:
@@ -97,6 +101,6 @@ def middle_square(width: int, height: int) -> faces.Crop:
     return faces.Crop((width - side) // 2, (height - side) // 2, side)
 
 
-def _detector(path: pathlib.Path, landmarker: pathlib.Path | None) -> faces.Detector:
+def _detector(path: pathlib.Path, landmarker: pathlib.Path | None) -> detectors.Detector:
     beside = path.with_suffix(".npz")
-    return faces.make_detector(beside if beside.is_file() else landmarker)
+    return detectors.make_detector(beside if beside.is_file() else landmarker)

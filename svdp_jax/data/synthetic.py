@@ -7,7 +7,6 @@ drawn geometry, not estimates. `pair` renders two identities under one motion; r
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import pathlib
 from typing import Literal, NamedTuple
@@ -18,7 +17,7 @@ from jaxtyping import Float32, UInt8
 from tqdm import tqdm
 
 from svdp_jax.config import ConfigError
-from svdp_jax.data import clips
+from svdp_jax.data import clips, parts
 from svdp_jax.data.drawing import DRAWING, HAIRSTYLES, Identity, Motion, portrait
 from svdp_jax.data.polygons import rasterise
 
@@ -156,16 +155,6 @@ def _write_shard(job: _Shard) -> int:
     return len(job.indices)
 
 
-def _settle(directory: pathlib.Path, settings: dict[str, int]) -> None:
-    """Shards of an interrupted run may only be joined by shards of the same settings."""
-    record = directory / "synthetic.json"
-    if record.exists() and (before := json.loads(record.read_text())) != settings:
-        changed = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name in settings if before.get(name) != settings[name])
-        raise ConfigError(f"{directory} was begun with {changed}; use the same, or another --output")
-    directory.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(settings) + "\n")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """The command line; see --help."""
     parser = argparse.ArgumentParser(
@@ -198,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
             indices = range(first + shard * count // shards, first + (shard + 1) * count // shards)
             jobs.append(_Shard(flags.output, split, shard, shards, indices, flags.frames, flags.size))
     try:
-        _settle(flags.output, {name: getattr(flags, name) for name in limits})
+        parts.settle(flags.output / "synthetic.json", {name: getattr(flags, name) for name in limits})
         missing = [job for job in jobs if not clips.shard_path(job.directory, split=job.split, shard=job.shard, shards=job.shards).exists()]
         total = flags.pairs + flags.validation_pairs
         done = total - sum(len(job.indices) for job in missing)

@@ -1,0 +1,176 @@
+"""A data set that is made in parts, by any number of processes and machines, each of which may be killed at any moment.
+
+Work is a list of pieces (videos, clips). What a piece yields, records and rows of the report, is one file, which is whole or not
+there; whoever finds all of them there puts the shards together. So a run that was cut off goes on with the pieces that are
+missing, and ends in the same records as one that was not.
+
+    DIRECTORY/{command}.json          what the records depend on: settings and pieces. Another run in the directory must have the same
+    DIRECTORY/.parts/000123.part      ArrayRecord: the records of piece 123, and last its rows as JSON; gone when all is done
+    DIRECTORY/clips-*                 the data set (`data.clips`)
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from array_record.python import array_record_module
+
+from svdp_jax.config import ConfigError
+from svdp_jax.data import clips
+
+SHARD_BYTES = 2**28  # about so much goes into a shard; a record is never divided
+
+Row = dict[str, Any]  # of a report: what became of a part of a piece
+
+
+class Share(NamedTuple):
+    """Which of the pieces are this machine's: every `count`-th, from number `index` on."""
+
+    index: int = 0
+    count: int = 1
+
+
+def read_share(text: str) -> Share:
+    """`i/n` as a Share. ConfigError where it is none."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise ConfigError(f"--shard {text}: takes i/n, machine i of n, from 0/n to n-1/n")
+    return Share(int(match[1]), int(match[2]))
+
+
+def settle(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Writes the settings of a data set to `path`; where they are there, they must be the same: ConfigError that names those that differ."""
+    now = json.loads(json.dumps(settings))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial.write_text(json.dumps(now, indent=1) + "\n")
+        partial.rename(path)
+    before = json.loads(path.read_text())
+    if before != now:
+        changed = [_difference(name, before.get(name), now.get(name)) for name in now if before.get(name) != now[name]]
+        raise ConfigError(f"{path.parent} was begun with {', '.join(changed)}; use the same, or another --output")
+
+
+class Parts:
+    """The parts of a data set that `command` makes from `pieces`. ConfigError if the directory was begun with others, or with other settings."""
+
+    def __init__(self, directory: pathlib.Path, command: str, settings: Mapping[str, Any], pieces: Sequence[str]):
+        settle(directory / f"{command}.json", {**settings, "pieces": list(pieces)})
+        self.directory = directory
+        self.folder = directory / ".parts"
+        self.pieces = list(pieces)
+
+    def finished(self) -> bool:
+        """Whether the data set and its report are there already."""
+        return (self.directory / "dataset_info.json").is_file() and not self.folder.exists()
+
+    def missing(self, share: Share | None = None) -> list[int]:
+        """The numbers of the pieces of this share, or of all, that are still to do."""
+        index, count = share or (0, 1)
+        return [number for number in range(index, len(self.pieces), count) if not part_path(self.folder, number).exists()]
+
+    def rows(self, number: int) -> list[Row]:
+        """What was written of piece `number`."""
+        return self._last(number)["rows"]
+
+    def records(self, number: int) -> int:
+        """How many records piece `number` has."""
+        return len(self._last(number)["sizes"])
+
+    @contextlib.contextmanager
+    def assembly(self) -> Iterator[None]:
+        """Only one process at a time puts the shards together."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def assemble(self, splits: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """Writes the shards, the records of each split's pieces in order, and the metadata; returns clips per split. May be cut off, too."""
+        for split, numbers in splits.items():
+            shards = _divide([size for number in numbers for size in self._last(number)["sizes"]])
+            records = self._all_records(numbers)
+            for shard, count in enumerate(shards):
+                path = clips.shard_path(self.directory, split=split, shard=shard, shards=len(shards))
+                taken = itertools.islice(records, count)
+                if path.exists():
+                    collections.deque(taken, maxlen=0)
+                else:
+                    clips.write_records((read() for read in taken), path)
+        return clips.finish(self.directory)
+
+    def remove(self) -> None:
+        """The parts, once they are in shards and in the report."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _last(self, number: int) -> dict[str, Any]:
+        with _reader(part_path(self.folder, number)) as reader:
+            return json.loads(reader.read([reader.num_records() - 1])[0])
+
+    def _all_records(self, numbers: Sequence[int]) -> Iterator[Callable[[], bytes]]:
+        """For each record a function that reads it: those of shards that are there need not be read."""
+        for number in numbers:
+            with _reader(part_path(self.folder, number)) as reader:
+                for index in range(reader.num_records() - 1):
+                    yield lambda reader=reader, index=index: reader.read([index])[0]
+
+
+def part_path(folder: pathlib.Path, number: int) -> pathlib.Path:
+    """Where the part of piece `number` is in the folder of the parts."""
+    return folder / f"{number:06d}.part"
+
+
+def write_part(folder: pathlib.Path, number: int, yielded: Iterable[tuple[Row, bytes | None]]) -> list[Row]:
+    """Writes what a piece yields: rows of the report, each with its record if it has one. Returns the rows."""
+    rows, sizes = [], []
+
+    def records() -> Iterator[bytes]:
+        for row, record in yielded:
+            rows.append(row)
+            if record is not None:
+                sizes.append(len(record))
+                yield record
+        yield json.dumps({"rows": rows, "sizes": sizes}).encode()
+
+    clips.write_records(records(), part_path(folder, number))
+    return rows
+
+
+@contextlib.contextmanager
+def _reader(path: pathlib.Path) -> Iterator[array_record_module.ArrayRecordReader]:
+    reader = array_record_module.ArrayRecordReader(str(path))
+    try:
+        yield reader
+    finally:
+        reader.close()
+
+
+def _divide(sizes: Iterable[int]) -> list[int]:
+    """How many records of these sizes go into each shard."""
+    counts, filled = [], SHARD_BYTES
+    for size in sizes:
+        if filled >= SHARD_BYTES:
+            counts.append(0)
+            filled = 0
+        counts[-1] += 1
+        filled += size
+    return counts
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    if name != "pieces":
+        return f"--{name.replace('_', '-')} {before}"
+    new, gone = sorted(set(now) - set(before or [])), sorted(set(before or []) - set(now))
+    parts = [f"{len(names)} {word} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for names, word in ((new, "fewer"), (gone, "more")) if names]
+    return f"other input, {' and '.join(parts) or 'in another order'}"

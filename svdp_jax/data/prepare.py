@@ -1,0 +1,258 @@
+"""Folders of videos to a data set of clips: one face, one shot and one crop each.
+
+    python -m svdp_jax.data.prepare --input VIDEOS --output DIR [--landmarker face_landmarker.task] [--shard i/n]
+
+Each video is read twice: once to find cuts and to follow the largest face, once to cut out what the rules keep. Clips have no
+driver yet; `python -m svdp_jax.data.pairs` gives them one. report.html and report.csv in DIR say what was kept and dropped, and why.
+A run that was cut off is continued by the same command, and several machines that share DIR take --shard 0/n ... n-1/n; the
+last one puts the data set together. No file stops a run: what cannot be read is in the report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+import pathlib
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from svdp_jax import cli
+from svdp_jax.config import ConfigError, DataConfig
+from svdp_jax.data import clips, detectors, faces, inputs, parts, report, shots, video, workers
+
+ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".3gp")
+DIED = "the process that read it died or took too long, twice"
+PAPER = DataConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """What to make clips of, and which to keep."""
+
+    input: tuple[pathlib.Path, ...] = ()
+    """Folders with videos, at any depth, or videos."""
+    output: pathlib.Path | None = None
+    """Directory of the data set."""
+    landmarker: pathlib.Path | None = None
+    """MediaPipe's face_landmarker.task (default: $SVDP_FACE_LANDMARKER, else a simple detector that sees no expression). A .npz beside a video comes first."""
+    size: int = PAPER.size
+    """Pixels, height and width of a clip."""
+    fps: float = PAPER.fps
+    """Frames per second of the clips, whatever the videos have."""
+    face_scale: float = PAPER.face_scale
+    """Side of the crop, in sides of the face box."""
+    rules: shots.Rules = shots.Rules()
+    validation: float = 0.02
+    """Share of the clips that go into the split `validation`, by whole videos: nobody is in both."""
+    workers: int = os.cpu_count() or 1
+    """Processes; each reads one video at a time."""
+    shard: Annotated[str, tyro.conf.arg(metavar="i/n")] = "0/1"
+    """This machine's share of the videos: machine i of n, counted from 0."""
+
+    def __post_init__(self):
+        if self.size < 16 or self.size % 2:
+            raise ConfigError(f"--size {self.size} must be even, and at least 16")
+        if not 0 < self.fps <= 240:
+            raise ConfigError(f"--fps {self.fps} must be more than 0, and at most 240")
+        if not 0 <= self.validation < 1:
+            raise ConfigError(f"--validation {self.validation} must be a share, at least 0 and less than 1")
+        if self.workers < 1:
+            raise ConfigError(f"--workers {self.workers} must be at least 1")
+
+
+def main(flags: Flags) -> None:
+    if not flags.input or not flags.output:
+        raise ConfigError("prepare needs --input FOLDER and --output DIR; --help explains")
+    share = parts.read_share(flags.shard)
+    videos = find_videos(flags.input)
+    if not (flags.landmarker or os.environ.get("SVDP_FACE_LANDMARKER")):
+        warnings.warn("no --landmarker: expressions are not tracked but where a .npz is beside a video; give face_landmarker.task (see README)", stacklevel=1)
+    detectors.make_detector(flags.landmarker)  # what is wrong with it is said now
+    settings = {"size": flags.size, "fps": flags.fps, "face_scale": flags.face_scale, "validation": flags.validation}
+    settings |= {f"rules.{name}": value for name, value in dataclasses.asdict(flags.rules).items()}
+    settings["landmarker"] = pathlib.Path(flags.landmarker or os.environ.get("SVDP_FACE_LANDMARKER") or "none").name
+    work = parts.Parts(flags.output, "prepare", settings, list(videos))
+    if work.finished():
+        print(f"{flags.output} is complete: see {flags.output / 'report.html'}")
+        return
+
+    names = list(videos)
+    sizes = [videos[name].stat().st_size for name in names]
+    own, missing = range(share.index, len(names), share.count), work.missing(share)
+    jobs = [_Job(work.folder, number, names[number], videos[names[number]], flags) for number in missing]
+    kept = dropped = 0
+    done = sum(sizes[number] for number in own) - sum(sizes[number] for number in missing)
+    with tqdm(total=sum(sizes[number] for number in own), initial=done, unit="B", unit_scale=True, desc=f"{len(own)} videos", dynamic_ncols=True) as bar:
+        for job, rows in workers.in_processes(_prepare_video, jobs, workers=flags.workers):
+            if rows is workers.DIED:
+                rows = parts.write_part(job.folder, job.number, [(_row(job.name, "cannot be read", note=DIED), None)])
+            kept += sum(not row["dropped"] for row in rows)
+            dropped += sum(bool(row["dropped"]) for row in rows)
+            bar.update(sizes[job.number])
+            bar.set_postfix_str(f"{kept} clips kept, {dropped} dropped")
+    finish(work, flags)
+
+
+def finish(work: parts.Parts, flags: Flags) -> None:
+    """Puts the data set together if nothing is missing, and says how it stands."""
+    with work.assembly():
+        if work.finished():  # another machine was quicker
+            work.remove()
+            return
+        if missing := work.missing():
+            print(f"share {flags.shard} is done; {len(missing)} of {len(work.pieces)} videos of other shares are not: the last one puts the data set together")
+            return
+        rows = [row for number in range(len(work.pieces)) for row in work.rows(number)]
+        report.write(flags.output, rows, title=f"{flags.output.resolve().name}: clips of {len(work.pieces)} videos")
+        counts = report.summary(rows)
+        lost = ", ".join(f"{count} {reason}" for reason, count in counts.items() if reason != "kept")
+        if not counts["kept"]:
+            raise ConfigError(f"no clip was kept ({lost}); {flags.output / 'report.html'} shows why; change --rules or --input, and use another --output")
+        lengths = work.assemble(split_by_video(work, share=flags.validation))
+    work.remove()
+    print(f"{flags.output}: " + ", ".join(f"{count} {split} clips" for split, count in lengths.items()) + (f"; dropped: {lost}" if lost else ""))
+    if "validation" not in lengths:
+        warnings.warn("no split `validation`, which train.py shows samples of: clips came from one video alone; give more, or a larger --validation", stacklevel=1)
+    print(f"see {flags.output / 'report.html'}; next: python -m svdp_jax.data.pairs --input {flags.output} --output PAIRS")
+
+
+def find_videos(folders: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
+    """Name -> path of every video in `folders`, sorted. A name is the path from the folder, or, of several, from what they have in common."""
+    found = set()
+    for folder in folders:
+        if folder.is_dir():
+            found |= {path.absolute() for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and not path.name.startswith(".") and path.is_file()}
+        elif folder.is_file():
+            found.add(folder.absolute())
+        else:
+            raise ConfigError(f"--input {folder} does not exist")
+    if not found:
+        raise ConfigError(f"--input {' '.join(map(str, folders))} holds no video ({', '.join(ENDINGS)})")
+    common = pathlib.Path(os.path.commonpath([folder.absolute() if folder.is_dir() else folder.absolute().parent for folder in folders]))
+    return {path.relative_to(common).as_posix(): path for path in sorted(found)}
+
+
+def split_by_video(work: parts.Parts, *, share: float) -> dict[str, list[int]]:
+    """Videos of each split: those for validation in an order that only their names decide, until they hold `share` of the clips."""
+    numbers = [number for number in range(len(work.pieces)) if work.records(number)]
+    wanted, validation = share * sum(map(work.records, numbers)), set()
+    for number in sorted(numbers, key=lambda number: hashlib.sha256(work.pieces[number].encode()).digest()):
+        if sum(map(work.records, validation)) >= wanted or len(validation) + 1 >= len(numbers):
+            break
+        validation.add(number)
+    return {"train": [number for number in numbers if number not in validation], "validation": [number for number in numbers if number in validation]}
+
+
+# ---------------------------------------------------------------------------------------------------------- of one video
+
+
+class _Job(NamedTuple):
+    """A video, and all that a worker process needs to know."""
+
+    folder: pathlib.Path  # of the parts
+    number: int
+    name: str
+    path: pathlib.Path
+    flags: Flags
+
+
+def _prepare_video(job: _Job) -> list[parts.Row]:
+    """Writes the part of one video and returns its rows, without thumbnails."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        rows = parts.write_part(job.folder, job.number, _rows_and_records(job, said))
+    return [row | {"thumbnail": ""} for row in rows]
+
+
+def _rows_and_records(job: _Job, said: list[warnings.WarningMessage]) -> Iterator[tuple[parts.Row, bytes | None]]:
+    rate = Fraction(job.flags.fps).limit_denominator(1001)
+    try:
+        info = video.probe(job.path)
+        seconds = float(info.frames / info.fps) if info.frames else 3600
+        with workers.time_limit(300 + 30 * seconds):
+            frames = lambda: video.at_rate(video.read_frames(job.path), fps=info.fps, rate=rate)
+            found = list(shots.candidates(frames(), _detector(job, info.fps, rate), job.flags.rules))
+            notes = "; ".join(dict.fromkeys(str(warning.message) for warning in said))
+            crops = [_crop(candidate, info, job.flags) for candidate in found]
+            for candidate, crop, pictures in _with_pictures(found, crops, frames(), job.flags.size):
+                yield _row_and_record(job, candidate, crop, pictures, rate, note=notes if candidate is found[0] else "")
+        if not found:
+            yield _row(job.name, "too short", note=notes), None
+    except Exception as error:  # whatever a file can do to a library, the others are not to wait
+        kind = "" if isinstance(error, video.MediaError) else f"{type(error).__name__}: "
+        yield _row(job.name, "cannot be read", note=f"{kind}{error}"), None
+
+
+_landmarker = functools.cache(detectors.make_detector)  # one in each process
+
+
+def _detector(job: _Job, fps: Fraction, rate: Fraction) -> detectors.Detector:
+    """For the frames of the video as they are seen at `rate`."""
+    beside = job.path.with_suffix(".npz")
+    if not beside.is_file():
+        return _landmarker(job.flags.landmarker)
+    return detectors.precomputed_detector(np.stack(list(video.at_rate(detectors.read_landmarks(beside), fps=fps, rate=rate))))
+
+
+def _crop(candidate: shots.Candidate, info: video.VideoInfo, flags: Flags) -> faces.Crop:
+    if candidate.landmarks is None:
+        return inputs.middle_square(info.width, info.height)
+    return faces.driving_crop(candidate.landmarks, scale=flags.face_scale, within=(info.width, info.height))
+
+
+def _with_pictures(
+    found: Sequence[shots.Candidate], crops: Sequence[faces.Crop], frames: Iterator[np.ndarray], size: int
+) -> Iterator[tuple[shots.Candidate, faces.Crop, list[np.ndarray]]]:
+    """Each candidate with its crop and its cropped frames; of one that is dropped three, as small as the report shows them."""
+    numbered = enumerate(frames)
+    for candidate, crop in zip(found, crops, strict=True):
+        start, stop = candidate.start, candidate.stop
+        wanted = {start, (start + stop) // 2, stop - 1} if candidate.dropped else range(start, stop)
+        pictures = []
+        for number, frame in numbered:
+            if number in wanted:
+                pictures.append(faces.apply_crop(frame, crop, report.THUMBNAIL if candidate.dropped else size))
+            if number == stop - 1:
+                break
+        yield candidate, crop, pictures
+
+
+def _row_and_record(
+    job: _Job, candidate: shots.Candidate, crop: faces.Crop, pictures: list[np.ndarray], rate: Fraction, *, note: str
+) -> tuple[parts.Row, bytes | None]:
+    name, start = f"{job.name}#{candidate.start:06d}", float(candidate.start / rate)
+    measured = {"face_pixels": round(candidate.face), "step": round(candidate.step, 3), "sharpness": round(candidate.sharpness, 1)}
+    row = _row(
+        name,
+        candidate.dropped,
+        note=note,
+        start=round(start, 3),
+        seconds=round(float((candidate.stop - candidate.start) / rate), 3),
+        frames=candidate.stop - candidate.start,
+        **(measured if candidate.landmarks is not None else {}),
+        thumbnail=report.thumbnail([pictures[i] for i in sorted({0, len(pictures) // 2, len(pictures) - 1})] if pictures else []),
+    )
+    if candidate.dropped:
+        return row, None
+    target = np.stack(pictures)
+    landmarks = faces.crop_landmarks(candidate.landmarks, crop, job.flags.size)
+    clip = clips.Clip(name, float(rate), target, target[:0], landmarks, landmarks[:0], video=job.name, start=start)
+    return row, clips.serialize(clip)
+
+
+def _row(name: str, dropped: str, *, note: str = "", thumbnail: str = "", **measured: float) -> parts.Row:
+    return {"name": name, "dropped": dropped, **measured, "note": note, "thumbnail": thumbnail}
+
+
+if __name__ == "__main__":
+    with cli.messages(ConfigError, video.MediaError):
+        main(cli.parse(Flags(), sys.argv[1:], description=__doc__, prog="python -m svdp_jax.data.prepare"))
