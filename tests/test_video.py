@@ -7,6 +7,8 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
+from av.video.reformatter import ColorRange
 from PIL import Image
 
 from svdp_jax.data import video
@@ -56,6 +58,37 @@ def write(path, *, pts=None, codec="libx264", audio=None, damaged=(), options=No
         if sound:
             container.mux(sound.encode(tone()))
             container.mux(sound.encode())
+    return path
+
+
+def store(path, frames, codec="libx264", pix_fmt="yuv420p", options=None, reformat=None, **context):
+    """`frames` at 25 fps, with whatever av lets one say about a stream (`context`) and about the conversion to YUV (`reformat`)."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options or {})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
+        for name, value in context.items():
+            setattr(stream.codec_context, name, value)
+        for number, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=pix_fmt, **(reformat or {}))
+            picture.pts, picture.time_base = number, Fraction(1, 25)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return path
+
+
+def copy(sources, path, keep=lambda packet: True, cover=None):
+    """The first video streams of `sources` in one file, of their packets those to `keep`, and a picture as its cover."""
+    with av.open(str(path), "w") as container:
+        inputs = [av.open(str(source)) for source in sources]
+        outputs = [container.add_stream_from_template(each.streams.video[0]) for each in inputs]
+        if cover is not None:
+            outputs[cover].disposition = Disposition.attached_pic
+        for each, stream in zip(inputs, outputs, strict=True):
+            for packet in each.demux(video=0):
+                if packet.size and keep(packet):
+                    packet.stream = stream
+                    container.mux(packet)
+            each.close()
     return path
 
 
@@ -170,11 +203,21 @@ def test_audio_keeps_its_place_when_the_first_frame_is_late(tmp_path, strict):
 def test_audio_that_cannot_be_copied_costs_no_picture(tmp_path):
     missing, junk = tmp_path / "missing.mp4", tmp_path / "junk.mp4"
     junk.write_bytes(b"junk" * 999)
-    for source in (missing, junk, write(tmp_path / "sound.avi", audio="adpcm_ima_wav")):
+    early = write(tmp_path / "early.mkv", audio="aac", pts=[9000 + 40 * number for number in range(12)])  # over before the picture begins
+    for source in (missing, junk, early, write(tmp_path / "sound.avi", audio="adpcm_ima_wav")):
         with pytest.warns(UserWarning, match=f"written without audio, that of .*{source.name}"):
             video.write_video(tmp_path / "a.mp4", clip(), fps=NTSC, metadata={}, audio_from=source)
         assert video.probe(tmp_path / "a.mp4") == video.VideoInfo(96, 64, NTSC, 12, False)
         assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_audio_that_ends_too_early_is_copied_with_a_warning(tmp_path):
+    whole = write(tmp_path / "whole.mkv", audio="aac", pts=[0, 40, 80]).read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) * 3 // 4])
+    with pytest.warns(UserWarning, match=r"cut.mkv: its audio ends after 0\.\d\d seconds; the file is cut off or damaged") as caught:
+        video.write_video(tmp_path / "a.mp4", clip(25), fps=Fraction(25), metadata={}, audio_from=tmp_path / "cut.mkv")
+    assert len(caught) == 1
+    assert video.probe(tmp_path / "a.mp4") == video.VideoInfo(96, 64, Fraction(25), 25, True)
 
 
 def test_no_audio_is_no_trouble(tmp_path, strict):
@@ -248,6 +291,111 @@ def test_rotated_videos_are_upright(tmp_path, strict, matrix, turns):
     assert np.abs(frame.astype(int) - expected).mean() < 3
 
 
+@pytest.mark.parametrize(("shape", "size"), [(Fraction(4, 3), (64, 128)), (Fraction(8, 9), (72, 96)), (Fraction(1), (64, 96))])
+def test_pixels_that_are_not_square_are_made_so(tmp_path, strict, shape, size):
+    path = store(tmp_path / "a.mp4", clip(), sample_aspect_ratio=shape)
+    info, frames = video.probe(path), list(video.read_frames(path))
+    assert (info.height, info.width) == size == frames[0].shape[:2] and numbers(frames) == list(range(12))
+    height, width = size
+    assert np.abs(frames[0][: height // 5, : width // 5].astype(int) - [220, 0, 0]).mean() < 8  # the red quarter is as wide as it was
+    with pytest.raises(MediaError, match="b.mp4: pixels cannot be 9 times as wide as high"):
+        video.probe(store(tmp_path / "b.mp4", clip(2), sample_aspect_ratio=Fraction(9)))
+
+
+def test_odd_sizes_are_read_as_they_are(tmp_path, strict):
+    path = store(tmp_path / "a.webm", clip(4, height=61, width=93), "libvpx-vp9")
+    assert video.probe(path)[:2] == (93, 61)
+    assert [frame.shape for frame in video.read_frames(path)] == [(61, 93, 3)] * 4
+
+
+@pytest.mark.parametrize(("codec", "options"), [("libx264", {}), ("libx265", {"x265-params": "log-level=none"})])
+def test_ten_bits_of_hdr_become_eight(tmp_path, strict, codec, options):
+    tags = {"color_primaries": 9, "color_trc": 16, "colorspace": 9}  # BT.2020, perceptual quantiser
+    path = store(tmp_path / "a.mp4", clip(), codec, "yuv420p10le", options, {"dst_colorspace": 9}, **tags)
+    assert video.probe(path) == video.VideoInfo(96, 64, Fraction(25), 12, False)
+    frames = list(video.read_frames(path))
+    assert numbers(frames) == list(range(12)) and np.abs(frames[0].astype(int) - clip(1)[0]).mean() < 4  # values as coded, not mapped to SDR
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mjpeg"])
+def test_full_range_is_as_bright_as_it_was(tmp_path, strict, codec):
+    path = store(tmp_path / "a.mov", clip(), codec, "yuvj420p", reformat={"dst_color_range": ColorRange.JPEG}, color_range=2)
+    difference = next(video.read_frames(path)).astype(int) - clip(1)[0]
+    assert np.abs(difference).mean() < 4 and np.abs(difference[32:40, 40:56]).max() < 4
+
+
+def test_grey_video_becomes_rgb(tmp_path, strict):
+    path = store(tmp_path / "a.mkv", clip(), "ffv1", "gray")
+    frames = list(video.read_frames(path))
+    assert numbers(frames) == list(range(12)) and all((frame == frame[..., :1]).all() for frame in frames)
+
+
+def test_a_cover_picture_is_no_driving_video(tmp_path, strict):
+    picture, moving = store(tmp_path / "cover.mp4", clip(1, 32, 32), "mjpeg", "yuvj420p"), store(tmp_path / "moving.mp4", clip())
+    both = copy([picture, moving], tmp_path / "both.mp4", cover=0)
+    assert video.probe(both) == video.VideoInfo(96, 64, Fraction(25), 12, False)
+    assert numbers(video.read_frames(both)) == list(range(12))
+    only = copy([picture], tmp_path / "only.mp4", cover=0)
+    for read in (video.probe, lambda path: next(video.read_frames(path))):
+        with pytest.raises(MediaError, match="only.mp4: has no video stream but a cover picture"):
+            read(only)
+
+
+def test_of_two_videos_the_first_is_read(tmp_path, strict):
+    both = copy([store(tmp_path / "a.mp4", clip(6)), store(tmp_path / "b.mp4", clip(12, 32, 32))], tmp_path / "both.mp4")
+    assert video.probe(both) == video.VideoInfo(96, 64, Fraction(25), 6, False)
+    assert numbers(video.read_frames(both)) == list(range(6))
+
+
+def test_a_video_that_starts_between_key_frames_waits_for_the_next(tmp_path):
+    whole = store(tmp_path / "whole.mp4", clip(16), options={"g": "8", "bf": "0", "sc_threshold": "0"})
+    path = copy([whole], tmp_path / "a.mkv", keep=lambda packet: packet.pts * packet.time_base >= Fraction(3, 25))
+    with pytest.warns(UserWarning, match="8 of 1[36] frames can be read"):
+        assert numbers(video.read_frames(path)) == [8] * 5 + list(range(8, 16))
+    assert video.probe(path).frames == 13
+
+
+def test_a_broken_frame_of_h264_is_passed_over(tmp_path):
+    path = write(tmp_path / "a.mp4", damaged=[6])
+    with pytest.warns(UserWarning, match="11 of 12 frames can be read") as caught:
+        assert len(list(video.read_frames(path))) == video.probe(path).frames == 12
+    assert len(caught) == 1
+
+
+def two_sizes(path, *heights):
+    """Frames of these heights in one mjpeg stream."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuvj420p"
+        for number, height in enumerate(heights):
+            (frame,) = clip(1, height=height)
+            encoder = av.CodecContext.create("mjpeg", "w")
+            encoder.height, encoder.width, encoder.pix_fmt, encoder.time_base = height, 96, "yuvj420p", Fraction(1, 25)
+            (packet,) = encoder.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuvj420p"))
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 25)
+            container.mux(packet)
+    return path
+
+
+def test_a_new_size_is_refused_and_one_odd_frame_passed_over(tmp_path):
+    with pytest.raises(MediaError, match="a.mov: frame 3 is 96x32, not 96x64; re-encode it at one size"):
+        list(video.read_frames(two_sizes(tmp_path / "a.mov", 64, 64, 64, 32, 32, 32)))
+    odd = two_sizes(tmp_path / "b.mov", 64, 64, 64, 32, 64, 64)
+    with pytest.warns(UserWarning, match="5 of 6 frames can be read"):
+        assert [frame.shape for frame in video.read_frames(odd)] == [(64, 96, 3)] * 6
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.webm", "a.mp4"])
+def test_a_cut_off_video_says_so(tmp_path, name):
+    whole = store(tmp_path / f"whole.{name}", clip(16), "libvpx-vp9" if name == "a.webm" else "libx264", options={"g": "4"})
+    if name == "a.mp4":
+        video.write_video(whole, clip(16), fps=Fraction(25), metadata={})
+    (tmp_path / name).write_bytes(whole.read_bytes()[:-400])
+    with pytest.warns(UserWarning, match="of 16 frames can be read") as caught:
+        count = len(list(video.read_frames(tmp_path / name)))
+    assert count < 16 and len(caught) == 1 and f"{count} of 16" in str(caught[0].message) and video.probe(tmp_path / name).frames == count
+
+
 def test_a_truncated_video_gives_its_frames_and_one_warning(tmp_path):
     whole = write(tmp_path / "a.mov", codec="mjpeg", options={"movflags": "faststart"}).read_bytes()
     cut = tmp_path / "cut.mov"
@@ -293,10 +441,55 @@ def test_a_still_image_is_a_video_of_one_frame(tmp_path, strict):
     np.testing.assert_array_equal(frame, clip(1)[0])
 
 
-def test_an_animated_gif_is_a_video(tmp_path):
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
+def test_an_animated_image_is_a_video(tmp_path, strict, name):
     first, *rest = (Image.fromarray(frame) for frame in clip(4))
-    first.save(tmp_path / "a.gif", save_all=True, append_images=rest, duration=40)
-    assert numbers(video.read_frames(tmp_path / "a.gif")) == [0, 1, 2, 3]
+    first.save(tmp_path / name, save_all=True, append_images=rest, duration=40)
+    assert video.probe(tmp_path / name) == video.VideoInfo(96, 64, Fraction(25), 4, False)
+    assert numbers(video.read_frames(tmp_path / name)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
+def test_an_animated_image_keeps_its_times(tmp_path, name):
+    first, *rest = (Image.fromarray(frame) for frame in clip(5))
+    first.save(tmp_path / name, save_all=True, append_images=rest, duration=[40, 120, 40, 40, 40])
+    with pytest.warns(UserWarning, match="its 5 frames are not evenly spaced; resampled to their average rate, 16.667 fps"):
+        assert numbers(video.read_frames(tmp_path / name)) == [0, 1, 1, 2, 4]  # shown at 0, 60, 120, 180 and 240 ms
+    assert video.probe(tmp_path / name) == video.VideoInfo(96, 64, Fraction(50, 3), 5, False)
+
+
+def test_a_gif_in_no_hurry_is_as_fast_as_in_a_browser(tmp_path, strict):
+    first, *rest = (Image.fromarray(frame) for frame in clip(3))
+    first.save(tmp_path / "a.gif", save_all=True, append_images=rest, duration=10)
+    assert video.probe(tmp_path / "a.gif").fps == 10
+
+
+def test_a_gif_of_one_frame_is_a_still_image(tmp_path, strict):
+    Image.fromarray(clip(1)[0]).save(tmp_path / "a.gif", save_all=True)
+    assert video.probe(tmp_path / "a.gif") == video.VideoInfo(96, 64, Fraction(25), 1, False)
+    (frame,) = video.read_frames(tmp_path / "a.gif")
+    assert np.abs(frame.astype(int) - clip(1)[0]).mean() < 4
+
+
+def test_a_cut_off_gif_gives_its_frames_and_one_warning(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
+    first, *rest = (Image.fromarray(frame) for frame in noise)
+    first.save(tmp_path / "whole.gif", save_all=True, append_images=rest, duration=40)
+    data = (tmp_path / "whole.gif").read_bytes()
+    (tmp_path / "a.gif").write_bytes(data[: len(data) // 2])
+    with pytest.warns(UserWarning, match="[23] of [4567] frames can be read") as caught:
+        frames = list(video.read_frames(tmp_path / "a.gif"))
+    assert len(caught) == 1 and len(frames) == video.probe(tmp_path / "a.gif").frames
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.png"])
+def test_a_transparent_animation_lies_on_white(tmp_path, strict, name):
+    alpha = np.full((3, 64, 96, 1), 255, np.uint8)
+    alpha[:, :20] = 0
+    first, *rest = (Image.fromarray(frame) for frame in np.concatenate([clip(3), alpha], -1))
+    first.save(tmp_path / name, save_all=True, append_images=rest, duration=40, lossless=True)
+    frames = list(video.read_frames(tmp_path / name))
+    assert numbers(frames) == [0, 1, 2] and all((frame[:20] == 255).all() for frame in frames)
 
 
 def test_images_of_any_kind_become_rgb(tmp_path):
@@ -318,6 +511,11 @@ def test_images_of_any_kind_become_rgb(tmp_path):
     assert (video.read_image(tmp_path / "grey.png") == np.asarray(image.convert("L"))[..., None]).all()
     Image.fromarray(np.full((4, 6), 40000, np.uint16)).save(tmp_path / "grey16.png")
     assert (video.read_image(tmp_path / "grey16.png") == 40000 // 257).all()
+    encoder = av.CodecContext.create("png", "w")
+    encoder.height, encoder.width, encoder.pix_fmt, encoder.time_base = 64, 96, "rgb48be", Fraction(1, 25)
+    (packet,) = encoder.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24").reformat(format="rgb48be"))
+    (tmp_path / "rgb16.png").write_bytes(bytes(packet))
+    assert np.abs(video.read_image(tmp_path / "rgb16.png").astype(int) - rgb).max() <= 1
     palette = image.convert("P")
     palette.save(tmp_path / "palette.png", transparency=palette.getpixel((0, 0)))
     assert (video.read_image(tmp_path / "palette.png")[0, 0] == 255).all()

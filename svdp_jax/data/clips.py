@@ -232,6 +232,22 @@ class Clips:
 def open_clips(directory: str | os.PathLike, *, split: str) -> Clips:
     """The clips of `split`, with len() and [i]. No dataset, no such split, or a shard that is gone or cut off: ConfigError."""
     directory = pathlib.Path(directory)
+    builder = _builder(directory)
+    if split not in builder.info.splits:
+        raise ConfigError(f"data {directory} has the splits {sorted(builder.info.splits)}, not {split!r}; {MAKE.format(directory)}")
+    info = builder.info.splits[split]
+    for path, length in zip(info.filepaths, info.shard_lengths, strict=True):
+        if _records(path) != length:
+            raise ConfigError(f"{path} is gone or cut off, with {length} clips; delete it and run the command that wrote it again")
+    return Clips(f"{directory} ({split})", builder.as_data_source(split=split))
+
+
+def splits(directory: str | os.PathLike) -> list[str]:
+    """The splits of a data set. No dataset: ConfigError."""
+    return sorted(_builder(pathlib.Path(directory)).info.splits)
+
+
+def _builder(directory: pathlib.Path) -> tfds.core.DatasetBuilder:
     if not directory.is_dir():
         raise ConfigError(f"data {directory} is no directory; {MAKE.format(directory)}")
     if not (directory / "dataset_info.json").is_file():
@@ -244,13 +260,7 @@ def open_clips(directory: str | os.PathLike, *, split: str) -> Clips:
     if set(builder.info.features) != set(FEATURES):
         fields = sorted(builder.info.features)
         raise ConfigError(f"data {directory} has the fields {fields}, not {sorted(FEATURES)}; {MAKE.format(directory)}")
-    if split not in builder.info.splits:
-        raise ConfigError(f"data {directory} has the splits {sorted(builder.info.splits)}, not {split!r}; {MAKE.format(directory)}")
-    info = builder.info.splits[split]
-    for path, length in zip(info.filepaths, info.shard_lengths, strict=True):
-        if _records(path) != length:
-            raise ConfigError(f"{path} is gone or cut off, with {length} clips; delete it and run the command that wrote it again")
-    return Clips(f"{directory} ({split})", builder.as_data_source(split=split))
+    return builder
 
 
 def _check_clip(clip: Clip) -> None:

@@ -29,6 +29,7 @@ from svdp_jax.data.video import MediaError
 Detector = Callable[[UInt8[np.ndarray, "H W 3"]], Float32[np.ndarray, "faces K 2"]]
 
 COUNTS = (68, 478)
+NO_LANDMARKER = "no landmarker given: faces are found, expressions are not tracked; give face_landmarker.task (see README)"
 CASCADE_SIZE = 300  # pixels, longest side of the picture in which the cascade looks
 
 
@@ -122,7 +123,7 @@ def cascade_detector() -> Detector:
                 boxes.append(np.array([x, y, side]))
         faces = [(average * box[2] + box[:2]) / shrink - 0.5 for box in boxes]
         if faces:  # with none there is an error to come, which says the same
-            warnings.warn("no landmarker given: faces are found, expressions are not tracked; give face_landmarker.task (see README)", stacklevel=1)
+            warnings.warn(NO_LANDMARKER, stacklevel=1)
         return np.array(faces, np.float32).reshape(-1, 68, 2)
 
     return detect
@@ -160,7 +161,9 @@ def read_landmarks(path: str | os.PathLike) -> Float32[np.ndarray, "N K 2"]:
     finite = np.isfinite(landmarks)
     whole = landmarks.ndim == 3 and landmarks.shape[2] == 2 and (finite.all(axis=(1, 2)) | np.isnan(landmarks).all(axis=(1, 2))).all()
     if not whole or not finite.any():
-        raise MediaError(f"landmarks {path}: array of shape {landmarks.shape}; must be [frames, 68 or 478, 2], each frame all finite, or all NaN where it shows no face")
+        raise MediaError(
+            f"landmarks {path}: array of shape {landmarks.shape}; must be [frames, 68 or 478, 2], each frame all finite, or all NaN where it shows no face"
+        )
     if landmarks.shape[1] not in COUNTS:
         raise MediaError(f"landmarks {path}: {landmarks.shape[1]} landmarks per face; give {COUNTS[0]} (iBUG) or {COUNTS[1]} (MediaPipe)")
     return landmarks

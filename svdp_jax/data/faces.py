@@ -91,6 +91,12 @@ def regions(landmarks: Float32[np.ndarray, "*batch K 2"], *, margin: float) -> F
     return np.stack(boxes, axis=-2)
 
 
+def centres(landmarks: Float32[np.ndarray, "*batch K 2"]) -> Float32[np.ndarray, "*batch 4 2"]:
+    """Where left eye, right eye, nose and mouth are: the mean of their landmarks."""
+    layout = _layout(landmarks)
+    return np.stack([landmarks[..., part, :].mean(axis=-2) for part in (layout.left_eye, layout.right_eye, layout.nose, layout.mouth)], axis=-2)
+
+
 def mask_frames(frames: UInt8[np.ndarray, "N H W 3"], boxes: Float32[np.ndarray, "N 4 4"]) -> UInt8[np.ndarray, "N H W 3"]:
     """`frames` with every pixel black whose centre lies outside all boxes of its frame."""
     x, y = np.arange(frames.shape[2]), np.arange(frames.shape[1])
@@ -120,18 +126,20 @@ def driving_crop(landmarks: Float32[np.ndarray, "N K 2"], *, scale: float, withi
     return Crop(x0, y0, side)
 
 
-def best_match(source_landmarks: Float[np.ndarray, "K 2"], driving_landmarks: Float[np.ndarray, "N K 2"]) -> int:
-    """The frame whose face looks most like the source's: the least distance between landmarks once both are centred and of one
-    size, so that a head turned or bent like the source's counts, and not where it is."""
-    if source_landmarks.shape != driving_landmarks.shape[1:]:
-        raise MediaError(f"source has {len(source_landmarks)} landmarks and driver {driving_landmarks.shape[1]}; use one landmarker for both")
-    return int(np.argmin(np.square(_normalised(driving_landmarks)[2] - _normalised(source_landmarks)[2]).sum(axis=(1, 2))))
+def best_match(source_landmarks: Float[np.ndarray, "M K 2"], driving_landmarks: Float[np.ndarray, "N K 2"]) -> tuple[int, int]:
+    """The two frames, one of each, whose faces look most alike: the least distance between landmarks once all are centred and of one
+    size, so that a head turned or bent like the other counts, and not where it is."""
+    if source_landmarks.shape[1] != driving_landmarks.shape[1]:
+        raise MediaError(f"source has {source_landmarks.shape[1]} landmarks and driver {driving_landmarks.shape[1]}; use one landmarker for both")
+    source, driving = (_normalised(points)[2].reshape(len(points), -1) for points in (source_landmarks, driving_landmarks))
+    found = np.argmax(source @ driving.T)  # all have one norm, so that the largest product is the least distance
+    return divmod(int(found), len(driving_landmarks))
 
 
 def source_crop(source_landmarks: Float[np.ndarray, "K 2"], driving_landmarks: Float[np.ndarray, "N K 2"], driving_crop: Crop) -> Crop:
     """The crop that shows the source's face at the size and place of the driver's in the `best_match`. Size and place are those of
     all landmarks together."""
-    best = best_match(source_landmarks, driving_landmarks)
+    _, best = best_match(source_landmarks[None], driving_landmarks)
     source_place, source_size, _ = _normalised(source_landmarks)
     places, sizes, _ = _normalised(driving_landmarks)
     side = float(driving_crop.side * (source_size / sizes[best]).item())

@@ -21,23 +21,33 @@ import pathlib
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from array_record.python import array_record_module
+from tqdm import tqdm
 
 from svdp_jax.config import ConfigError
-from svdp_jax.data import clips
+from svdp_jax.data import clips, report, workers
+from svdp_jax.data.report import Row
 
 SHARD_BYTES = 2**28  # about so much goes into a shard; a record is never divided
-
-Row = dict[str, Any]  # of a report: what became of a part of a piece
 
 
 class Share(NamedTuple):
     """Which of the pieces are this machine's: every `count`-th, from number `index` on."""
 
-    index: int = 0
-    count: int = 1
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+class Job(Protocol):
+    """A piece of work for another process."""
+
+    number: int  # of the piece
+    name: str
 
 
 def read_share(text: str) -> Share:
@@ -62,6 +72,9 @@ def settle(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
         raise ConfigError(f"{path.parent} was begun with {', '.join(changed)}; use the same, or another --output")
 
 
+ALL = Share(0, 1)
+
+
 class Parts:
     """The parts of a data set that `command` makes from `pieces`. ConfigError if the directory was begun with others, or with other settings."""
 
@@ -71,14 +84,20 @@ class Parts:
         self.folder = directory / ".parts"
         self.pieces = list(pieces)
 
-    def finished(self) -> bool:
-        """Whether the data set and its report are there already."""
-        return (self.directory / "dataset_info.json").is_file() and not self.folder.exists()
+    def has_dataset(self) -> bool:
+        return (self.directory / "dataset_info.json").is_file()
 
-    def missing(self, share: Share | None = None) -> list[int]:
-        """The numbers of the pieces of this share, or of all, that are still to do."""
-        index, count = share or (0, 1)
-        return [number for number in range(index, len(self.pieces), count) if not part_path(self.folder, number).exists()]
+    def finished(self) -> bool:
+        """Whether the data set and its report are there already, and nothing is left to do."""
+        return self.has_dataset() and not self.folder.exists()
+
+    def of(self, share: Share) -> range:
+        """The numbers of the pieces of this share."""
+        return range(share.index, len(self.pieces), share.count)
+
+    def missing(self, share: Share = ALL) -> list[int]:
+        """Those that are still to do."""
+        return [number for number in self.of(share) if not part_path(self.folder, number).exists()]
 
     def rows(self, number: int) -> list[Row]:
         """What was written of piece `number`."""
@@ -111,8 +130,11 @@ class Parts:
         return clips.finish(self.directory)
 
     def remove(self) -> None:
-        """The parts, once they are in shards and in the report."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """The parts, once they are in shards and in the report: at once, so that no cut-off removal looks like missing pieces."""
+        gone = self.folder.with_name(".parts.done")
+        with contextlib.suppress(FileNotFoundError):
+            self.folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def _last(self, number: int) -> dict[str, Any]:
         with _reader(part_path(self.folder, number)) as reader:
@@ -124,6 +146,48 @@ class Parts:
             with _reader(part_path(self.folder, number)) as reader:
                 for index in range(reader.num_records() - 1):
                     yield lambda reader=reader, index=index: reader.read([index])[0]
+
+
+def work_through(
+    work: Parts, jobs: Sequence[Job], function: Callable[[Any], list[Row]], *, share: Share, workers_count: int, sizes: Sequence[int], unit: str
+) -> None:
+    """Calls `function`, which writes a part and returns its rows, for each of the missing pieces, under a progress bar.
+
+    `sizes` says for every piece how much of the bar it is. A piece whose process dies twice is a row that says so.
+    """
+    own = work.of(share)
+    total, todo = sum(sizes[number] for number in own), sum(sizes[job.number] for job in jobs)
+    kept = dropped = 0
+    with tqdm(total=total, initial=total - todo, unit=unit, unit_scale=unit == "B", desc=f"{len(own)} pieces", dynamic_ncols=True) as bar:
+        for job, rows in workers.in_processes(function, jobs, workers=workers_count):
+            if rows is workers.DIED:
+                row = {"name": job.name, "dropped": "cannot be read", "note": "its process died or took too long, twice", "thumbnail": ""}
+                rows = write_part(work.folder, job.number, [(row, None)])
+            kept += sum(not row["dropped"] for row in rows)
+            dropped += sum(bool(row["dropped"]) for row in rows)
+            bar.update(sizes[job.number])
+            bar.set_postfix_str(f"{kept} clips kept, {dropped} dropped")
+
+
+def finish(work: Parts, *, share: Share, title: str, splits: Callable[[], Mapping[str, Sequence[int]]]) -> tuple[dict[str, int], list[Row]] | None:
+    """Puts the data set together and writes the report; returns clips per split and all rows. None where pieces of other shares are
+    missing, or another machine was quicker. ConfigError, after the report, where no clip was kept."""
+    with work.assembly():
+        missing = work.missing()
+        if work.has_dataset() and len(missing) == len(work.pieces):
+            work.remove()
+            return None
+        if missing:
+            print(f"share {share} is done; {len(missing)} of {len(work.pieces)} pieces, of other shares, are not: who is last puts the data set together")
+            return None
+        rows = [row for number in range(len(work.pieces)) for row in work.rows(number)]
+        report.write(work.directory, rows, title=title)
+        if all(row["dropped"] for row in rows):
+            reasons = ", ".join(f"{count} {reason}" for reason, count in report.summary(rows).items() if count)
+            raise ConfigError(f"no clip was kept ({reasons}): see {work.directory / 'report.html'}; change the input or the rules, and use another --output")
+        lengths = work.assemble(splits())
+    work.remove()
+    return lengths, rows
 
 
 def part_path(folder: pathlib.Path, number: int) -> pathlib.Path:

@@ -23,7 +23,6 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 from svdp_jax import cli
 from svdp_jax.config import ConfigError, DataConfig
@@ -75,7 +74,7 @@ def main(flags: Flags) -> None:
     share = parts.read_share(flags.shard)
     videos = find_videos(flags.input)
     if not (flags.landmarker or os.environ.get("SVDP_FACE_LANDMARKER")):
-        warnings.warn("no --landmarker: expressions are not tracked but where a .npz is beside a video; give face_landmarker.task (see README)", stacklevel=1)
+        warnings.warn(f"{detectors.NO_LANDMARKER}; a .npz beside a video is used all the same", stacklevel=1)
     detectors.make_detector(flags.landmarker)  # what is wrong with it is said now
     settings = {"size": flags.size, "fps": flags.fps, "face_scale": flags.face_scale, "validation": flags.validation}
     settings |= {f"rules.{name}": value for name, value in dataclasses.asdict(flags.rules).items()}
@@ -86,43 +85,18 @@ def main(flags: Flags) -> None:
         return
 
     names = list(videos)
-    sizes = [videos[name].stat().st_size for name in names]
-    own, missing = range(share.index, len(names), share.count), work.missing(share)
-    jobs = [_Job(work.folder, number, names[number], videos[names[number]], flags) for number in missing]
-    kept = dropped = 0
-    done = sum(sizes[number] for number in own) - sum(sizes[number] for number in missing)
-    with tqdm(total=sum(sizes[number] for number in own), initial=done, unit="B", unit_scale=True, desc=f"{len(own)} videos", dynamic_ncols=True) as bar:
-        for job, rows in workers.in_processes(_prepare_video, jobs, workers=flags.workers):
-            if rows is workers.DIED:
-                rows = parts.write_part(job.folder, job.number, [(_row(job.name, "cannot be read", note=DIED), None)])
-            kept += sum(not row["dropped"] for row in rows)
-            dropped += sum(bool(row["dropped"]) for row in rows)
-            bar.update(sizes[job.number])
-            bar.set_postfix_str(f"{kept} clips kept, {dropped} dropped")
-    finish(work, flags)
-
-
-def finish(work: parts.Parts, flags: Flags) -> None:
-    """Puts the data set together if nothing is missing, and says how it stands."""
-    with work.assembly():
-        if work.finished():  # another machine was quicker
-            work.remove()
-            return
-        if missing := work.missing():
-            print(f"share {flags.shard} is done; {len(missing)} of {len(work.pieces)} videos of other shares are not: the last one puts the data set together")
-            return
-        rows = [row for number in range(len(work.pieces)) for row in work.rows(number)]
-        report.write(flags.output, rows, title=f"{flags.output.resolve().name}: clips of {len(work.pieces)} videos")
-        counts = report.summary(rows)
-        lost = ", ".join(f"{count} {reason}" for reason, count in counts.items() if reason != "kept")
-        if not counts["kept"]:
-            raise ConfigError(f"no clip was kept ({lost}); {flags.output / 'report.html'} shows why; change --rules or --input, and use another --output")
-        lengths = work.assemble(split_by_video(work, share=flags.validation))
-    work.remove()
-    print(f"{flags.output}: " + ", ".join(f"{count} {split} clips" for split, count in lengths.items()) + (f"; dropped: {lost}" if lost else ""))
-    if "validation" not in lengths:
-        warnings.warn("no split `validation`, which train.py shows samples of: clips came from one video alone; give more, or a larger --validation", stacklevel=1)
-    print(f"see {flags.output / 'report.html'}; next: python -m svdp_jax.data.pairs --input {flags.output} --output PAIRS")
+    jobs = [_Job(work.folder, number, names[number], videos[names[number]], flags) for number in work.missing(share)]
+    sizes = [path.stat().st_size for path in videos.values()]
+    parts.work_through(work, jobs, _prepare_video, share=share, workers_count=flags.workers, sizes=sizes, unit="B")
+    title = f"{flags.output.resolve().name}: clips of {len(names)} videos"
+    made = parts.finish(work, share=share, title=title, splits=lambda: split_by_video(work, share=flags.validation))
+    if made:
+        lengths, rows = made
+        lost = ", ".join(f"{count} {reason}" for reason, count in report.summary(rows).items() if reason != "kept")
+        print(f"{flags.output}: " + ", ".join(f"{count} {split} clips" for split, count in lengths.items()) + (f"; dropped: {lost}" if lost else ""))
+        if "validation" not in lengths:
+            warnings.warn("no split `validation`, of which train.py shows samples: all clips are of one video, or --validation is 0", stacklevel=1)
+        print(f"see {flags.output / 'report.html'}; next: python -m svdp_jax.data.pairs --input {flags.output} --output PAIRS")
 
 
 def find_videos(folders: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
@@ -181,7 +155,7 @@ def _rows_and_records(job: _Job, said: list[warnings.WarningMessage]) -> Iterato
         with workers.time_limit(300 + 30 * seconds):
             frames = lambda: video.at_rate(video.read_frames(job.path), fps=info.fps, rate=rate)
             found = list(shots.candidates(frames(), _detector(job, info.fps, rate), job.flags.rules))
-            notes = "; ".join(dict.fromkeys(str(warning.message) for warning in said))
+            notes = "; ".join(dict.fromkeys(str(warning.message) for warning in said if str(warning.message) != detectors.NO_LANDMARKER))
             crops = [_crop(candidate, info, job.flags) for candidate in found]
             for candidate, crop, pictures in _with_pictures(found, crops, frames(), job.flags.size):
                 yield _row_and_record(job, candidate, crop, pictures, rate, note=notes if candidate is found[0] else "")

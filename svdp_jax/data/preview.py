@@ -80,7 +80,7 @@ def picture(prepared: inputs.Inputs, data: DataConfig, *, columns: int) -> UInt8
     """The preview of one source and `columns` frames of its driver, three rows of squares."""
     count = len(prepared.landmarks)
     boxes = faces.regions(prepared.landmarks, margin=data.region_margin)
-    best = faces.best_match(prepared.source_landmarks, prepared.landmarks) if prepared.source_landmarks is not None else 0
+    best = faces.best_match(prepared.source_landmarks[None], prepared.landmarks)[1] if prepared.source_landmarks is not None else 0
     others = np.linspace(0, count - 1, min(columns, count) - 1).round().astype(int).tolist() if min(columns, count) > 1 else []
     shown = [best, *(number for number in others if number != best)]
     seen = {}

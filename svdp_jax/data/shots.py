@@ -2,27 +2,31 @@
 
     frames [H,W,3] one after the other  ->  candidates: consecutive frames of one shot, with landmarks [N,K,2], kept or not and why
 
-A shot ends at a cut (PySceneDetect's ContentDetector, frame by frame). Within it the largest face is followed; where it is
+A shot ends at a cut (found by PySceneDetect, frame by frame). Within it the largest face is followed; where it is
 gone for more than `faces.LONGEST_GAP` frames, its stretch ends and another one may begin. Stretches are divided into clips
 of equal length. Numbers of frames are those at the rate of the data set.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 from jaxtyping import Float32, UInt8
-from scenedetect import ContentDetector, FrameTimecode
+from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode
 
 from svdp_jax.config import ConfigError
 from svdp_jax.data import detectors, faces
 
 CUT_SIZE = 160  # pixels, longest side of the picture in which cuts are looked for
+CUT_WINDOW = 2  # frames on either side, with whose change a cut's is compared
+CUT_RATIO = 6.0  # times that change, from which it is a cut; jerky motion reaches 4, a cut between two people before one wall 28
+CUT_LEAST = 8.0  # change of hue, saturation and brightness, of 255, below which there is no cut
 SHARPNESS_SIZE = 128  # pixels, side at which a face's sharpness is measured
 
 
@@ -106,10 +110,9 @@ def _judge(start: int, landmarks: np.ndarray, sharp: np.ndarray, rules: Rules) -
 
 def _stretches(frames: Iterable[np.ndarray], detector: detectors.Detector) -> Iterator[_Stretch]:
     """Runs of frames with one face, short gaps included, and of frames without any, in order; a cut ends either."""
-    is_cut = _cuts()
     follow, run = faces.Tracker(), _Stretch(0, [], [])
-    for number, frame in enumerate(frames):
-        if is_cut(frame):
+    for number, (frame, is_cut) in enumerate(with_cuts(frames)):
+        if is_cut:
             yield from _ended(run)
             follow, run = faces.Tracker(), _Stretch(number, [], [])
         found = follow(detector(frame))
@@ -132,16 +135,25 @@ def _ended(run: _Stretch) -> Iterator[_Stretch]:
         yield _Stretch(run.start, run.found[:length], run.sharpness[:length])
 
 
-def _cuts() -> Callable[[np.ndarray], bool]:
-    """A function that says of each frame whether it begins a new shot."""
-    detector, number = ContentDetector(min_scene_len=0), 0
+def with_cuts(frames: Iterable[UInt8[np.ndarray, "H W 3"]]) -> Iterator[tuple[UInt8[np.ndarray, "H W 3"], bool]]:
+    """Each frame, and whether it begins a new shot; a few frames behind, for a cut is a change that its neighbours do not share.
 
-    def is_cut(frame: np.ndarray) -> bool:
-        nonlocal number
+    Two portraits before the same wall differ less than one that moves: so a change counts that is large, or larger than those around it.
+    """
+    found = [
+        ContentDetector(min_scene_len=0),
+        AdaptiveDetector(min_scene_len=1, adaptive_threshold=CUT_RATIO, window_width=CUT_WINDOW, min_content_val=CUT_LEAST),
+    ]
+    cuts: set[int] = set()
+    waiting: collections.deque[tuple[int, np.ndarray]] = collections.deque()
+    for number, frame in enumerate(frames):
         shrink = min(CUT_SIZE / max(frame.shape[:2]), 1)
-        small = cv2.resize(frame, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
-        cuts = detector.process_frame(FrameTimecode(number, Fraction(25)), cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
-        number += 1
-        return bool(cuts)
-
-    return is_cut
+        small = cv2.cvtColor(cv2.resize(frame, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2BGR)
+        for detector in found:
+            cuts |= {cut.frame_num for cut in detector.process_frame(FrameTimecode(number, Fraction(25)), small)}
+        waiting.append((number, frame))
+        if len(waiting) > CUT_WINDOW:
+            number, frame = waiting.popleft()
+            yield frame, number in cuts
+    for number, frame in waiting:
+        yield frame, number in cuts
