@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svdp_jax.data import video
+from svdp_jax.data import streams, video
 from svdp_jax.data.video import MediaError
 
 COUNT, HEIGHT, WIDTH = 24, 64, 96
@@ -328,7 +328,7 @@ def test_absurd_sizes_are_refused(tmp_path, monkeypatch):
                 assert [frame.shape for frame in video.read_frames(path)] == [(HEIGHT, WIDTH, 3)] * 10
     with pytest.raises(MediaError, match="a.mov: no frame can be decoded"):
         video.probe(path)
-    monkeypatch.setattr(video, "_MOST_PIXELS", WIDTH * HEIGHT - 1)
+    monkeypatch.setattr(streams, "MOST_PIXELS", WIDTH * HEIGHT - 1)
     with pytest.raises(MediaError, match=f"b.mov: frames of {WIDTH}x{HEIGHT} are too large"):
         video.probe(timed(tmp_path / "b.mov", [0, 40]))
 

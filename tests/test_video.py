@@ -11,7 +11,7 @@ from av.stream import Disposition
 from av.video.reformatter import ColorRange
 from PIL import Image
 
-from svdp_jax.data import video
+from svdp_jax.data import encoding, video
 from svdp_jax.data.video import MediaError
 
 NTSC = Fraction(30000, 1001)
@@ -117,7 +117,7 @@ def test_encode_decode(count, strict):
 def test_decoded_frames_do_not_depend_on_those_before():
     data = video.encode(clip(6), fps=NTSC)
     with av.open(io.BytesIO(data)) as container:
-        apart = [frame.to_ndarray(format="rgb24", **video._QUICK_CONVERSION) for frame in container.decode(video=0)]
+        apart = [frame.to_ndarray(format="rgb24", **encoding._QUICK_CONVERSION) for frame in container.decode(video=0)]
     np.testing.assert_array_equal(video.decode(data), apart)
 
 
@@ -133,7 +133,9 @@ def test_a_frame_that_a_clip_does_not_have_is_missed():
         video.decode(video.encode(clip(6), fps=NTSC), [5, 6])
 
 
-@pytest.mark.parametrize("fps, rate, shown", [(25, 25, [0, 1, 2, 3]), (50, 25, [0, 2]), (30, 25, [0, 1, 2, 3]), (12, 25, [0, 0, 0, 1, 1, 2, 2, 3, 3]), (NTSC, 15, [0, 1, 3])])
+@pytest.mark.parametrize(
+    "fps, rate, shown", [(25, 25, [0, 1, 2, 3]), (50, 25, [0, 2]), (30, 25, [0, 1, 2, 3]), (12, 25, [0, 0, 0, 1, 1, 2, 2, 3, 3]), (NTSC, 15, [0, 1, 3])]
+)
 def test_frames_at_another_rate_are_those_seen_then(fps, rate, shown):
     frames = [np.full((2, 2, 3), number, np.uint8) for number in range(4)]
     assert [frame.max() for frame in video.at_rate(frames, fps=fps, rate=rate)] == shown

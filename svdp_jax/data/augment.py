@@ -13,14 +13,17 @@ from jaxtyping import UInt8
 
 
 def recolour(frames: UInt8[np.ndarray, "N H W 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "N H W 3"]:
-    """The clip under one strong change of colour, light, sharpness and grain, drawn from `rng`; nothing moves."""
+    """The clip under one strong change of colour, light and sharpness, drawn from `rng`; nothing moves.
+
+    No grain: it would make the video ten times as large, and as slow to read.
+    """
     height, width = frames.shape[1:3]
     mix = _saturation(rng.uniform(0.0, 1.8)) @ _hue(rng.uniform(-np.pi, np.pi)) * rng.uniform(0.6, 1.5, size=(1, 3))
     gamma, contrast, bias = np.exp(rng.uniform(-0.5, 0.5)), rng.uniform(0.5, 1.3), rng.uniform(-0.15, 0.15)
     angle, fall = rng.uniform(0, 2 * np.pi), rng.uniform(0, 1.2)
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j].astype(np.float32)
     light = np.exp(fall * (x * np.cos(angle) + y * np.sin(angle)) / np.sqrt(2)).astype(np.float32)[..., None]  # from one side
-    softness, grain = rng.uniform(0, 0.004) * height, rng.uniform(0, 0.03)
+    softness = rng.uniform(0, 0.004) * height
     tones = np.linspace(0, 1, 256, dtype=np.float32) ** np.float32(gamma)
     changed = np.empty_like(frames)
     for frame, out in zip(frames, changed, strict=True):
@@ -28,7 +31,6 @@ def recolour(frames: UInt8[np.ndarray, "N H W 3"], rng: np.random.Generator) -> 
         picture = (picture - 0.5) * contrast + 0.5 + bias
         if softness > 0.3:
             picture = cv2.GaussianBlur(picture, (0, 0), softness)
-        picture += rng.standard_normal((height, width, 1), dtype=np.float32) * np.float32(grain)
         out[:] = np.rint(np.clip(picture, 0, 1) * 255)
     return changed
 

@@ -140,7 +140,7 @@ def serialize(clip: Clip) -> bytes:
         "target_landmarks": clip.target_landmarks,
         "driver_landmarks": clip.driver_landmarks if clip.has_driver else clip.target_landmarks[:1],  # tfds reads no empty array
     }
-    return _SERIALIZER.serialize_example(FEATURES.encode_example(record))
+    return _SERIALIZER.get_tf_example(FEATURES.encode_example(record)).SerializeToString(deterministic=True)  # a map has no order of its own
 
 
 def finish(directory: str | os.PathLike) -> dict[str, int]:

@@ -25,8 +25,8 @@ from svdp_jax.data import detectors, faces
 
 CUT_SIZE = 160  # pixels, longest side of the picture in which cuts are looked for
 CUT_WINDOW = 2  # frames on either side, with whose change a cut's is compared
-CUT_RATIO = 6.0  # times that change, from which it is a cut; jerky motion reaches 4, a cut between two people before one wall 28
-CUT_LEAST = 8.0  # change of hue, saturation and brightness, of 255, below which there is no cut
+CUT_RATIO = 4.0  # times that change, from which it is a cut; jerky motion reaches 3, a cut between two people before one wall 37
+CUT_LEAST = 8.0  # change of saturation and brightness, of 255, below which there is no cut
 SHARPNESS_SIZE = 128  # pixels, side at which a face's sharpness is measured
 
 
@@ -76,11 +76,12 @@ def candidates(frames: Iterable[UInt8[np.ndarray, "H W 3"]], detector: detectors
             if length >= rules.min_frames:
                 yield Candidate(stretch.start, stretch.start + length, "no face")
             continue
-        landmarks = faces.smooth(np.stack(faces.hold(stretch.found)))
+        held = np.stack(faces.hold(stretch.found))
+        smooth = faces.smooth(held)
         pieces = -(-length // rules.max_frames)
         for piece in range(pieces):
             part = slice(piece * length // pieces, (piece + 1) * length // pieces)
-            yield _judge(stretch.start + part.start, landmarks[part], np.array(stretch.sharpness[part]), rules)
+            yield _judge(stretch.start + part.start, held[part], smooth[part], np.array(stretch.sharpness[part]), rules)
 
 
 def sharpness(frame: UInt8[np.ndarray, "H W 3"], landmarks: Float32[np.ndarray, "K 2"]) -> float:
@@ -90,8 +91,8 @@ def sharpness(frame: UInt8[np.ndarray, "H W 3"], landmarks: Float32[np.ndarray, 
     return float(cv2.Laplacian(cv2.cvtColor(face, cv2.COLOR_RGB2GRAY), cv2.CV_32F).var())
 
 
-def _judge(start: int, landmarks: np.ndarray, sharp: np.ndarray, rules: Rules) -> Candidate:
-    box = faces.face_box(landmarks)
+def _judge(start: int, held: np.ndarray, landmarks: np.ndarray, sharp: np.ndarray, rules: Rules) -> Candidate:
+    box = faces.face_box(held)  # not smoothed, or no face would jump
     side, centre = box[:, 2] - box[:, 0], (box[:, :2] + box[:, 2:]) / 2
     moves = np.linalg.norm(np.diff(centre, axis=0), axis=1) / side[1:]
     grows = np.abs(np.diff(side)) / side[1:]
@@ -140,9 +141,10 @@ def with_cuts(frames: Iterable[UInt8[np.ndarray, "H W 3"]]) -> Iterator[tuple[UI
 
     Two portraits before the same wall differ less than one that moves: so a change counts that is large, or larger than those around it.
     """
+    weights = ContentDetector.Components(delta_hue=0.0)  # on a grey wall hue is noise
     found = [
-        ContentDetector(min_scene_len=0),
-        AdaptiveDetector(min_scene_len=1, adaptive_threshold=CUT_RATIO, window_width=CUT_WINDOW, min_content_val=CUT_LEAST),
+        ContentDetector(min_scene_len=0, weights=weights),
+        AdaptiveDetector(min_scene_len=1, weights=weights, adaptive_threshold=CUT_RATIO, window_width=CUT_WINDOW, min_content_val=CUT_LEAST),
     ]
     cuts: set[int] = set()
     waiting: collections.deque[tuple[int, np.ndarray]] = collections.deque()

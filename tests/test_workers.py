@@ -1,0 +1,83 @@
+"""Processes that crash, hang or lose their parent take nothing else along."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from svdp_jax.data import workers
+
+
+def double(number):
+    return 2 * number
+
+
+def dies_at_three(number):
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.05)
+    return number
+
+
+def hangs_at_one(number):
+    with workers.time_limit(1 if number == 1 else 60):
+        time.sleep(60 if number == 1 else 0)
+    return number
+
+
+def raises_at_two(number):
+    if number == 2:
+        raise ValueError("two")
+    return number
+
+
+def tell_and_wait(path):
+    pathlib.Path(path).write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def test_every_input_has_its_result():
+    assert sorted(workers.in_processes(double, range(7), workers=2)) == [(number, 2 * number) for number in range(7)]
+    assert list(workers.in_processes(double, [], workers=2)) == []
+
+
+@pytest.mark.parametrize(("function", "lost"), [(dies_at_three, 3), (hangs_at_one, 1)])
+def test_only_the_input_that_kills_its_process_is_lost(function, lost):
+    results = dict(workers.in_processes(function, range(5), workers=2))
+    assert results == {number: workers.DIED if number == lost else number for number in range(5)}
+
+
+def test_an_exception_is_raised_here():
+    with pytest.raises(ValueError, match="two"):
+        list(workers.in_processes(raises_at_two, range(5), workers=2))
+
+
+def test_processes_end_with_their_parent(tmp_path):
+    paths = [str(tmp_path / name) for name in "ab"]
+    code = f"import test_workers as t\nif __name__ == '__main__': list(t.workers.in_processes(t.tell_and_wait, {paths}, workers=2))"
+    (tmp_path / "parent.py").write_text(code)
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], env=os.environ | {"PYTHONPATH": os.path.dirname(__file__)})
+    wait_for(lambda: all(os.path.exists(path) and pathlib.Path(path).read_text() for path in paths), seconds=60)
+    children = [int(pathlib.Path(path).read_text()) for path in paths]
+    assert all(map(alive, children))
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not any(map(alive, children)), seconds=10)
+
+
+def wait_for(condition, *, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def alive(process):
+    try:
+        return pathlib.Path(f"/proc/{process}/stat").read_text().split(")")[-1].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
