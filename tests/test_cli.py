@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from convert_weights.convert import convert
 from svdp_jax import checkpoint, pipeline, rendering, train_state
-from svdp_jax.data import inputs, synthetic, video
+from svdp_jax.data import detectors, inputs, synthetic, video
 
 FRAMES, FPS = 6, Fraction(30000, 1001)  # two windows of 4, the second not full
 
@@ -381,13 +381,17 @@ def test_help_lists_the_flags(script, monkeypatch, name, flag):
         ("svdp_jax.checkpoint", ["export", "here", "there", "--dtype", "float16"], "float16"),
         ("svdp_jax.evaluation.rendered", ["--checkpoint", "here", "--clips", "few"], "few"),
         ("svdp_jax.data.bundle", [], "--output"),
+        ("svdp_jax.data.prepare", ["--input", "here"], "--output"),
+        ("svdp_jax.data.prepare", ["--rules.min-fase", "3"], "did you mean --rules.min-face?"),
+        ("svdp_jax.data.pairs", ["--seed", "few"], "--seed few: takes a whole number"),
+        ("svdp_jax.data.preview", ["-s", "here.png"], "--driving"),
     ],
 )
 def test_other_commands_say_on_one_line_what_is_wrong(monkeypatch, capsys, module, flags, said):
     monkeypatch.setattr(sys, "argv", [module, *flags])
     monkeypatch.delitem(sys.modules, module, raising=False)  # runpy warns of a module that is there already
     with pytest.raises(SystemExit) as end:
-        runpy.run_module(module, run_name="__main__")
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     (line,) = capsys.readouterr().err.splitlines()
     assert end.value.code == 2
     assert line.startswith("error: ") and said in line

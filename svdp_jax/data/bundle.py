@@ -13,7 +13,7 @@ from fractions import Fraction
 import imageio.v3 as iio
 
 from svdp_jax import cli
-from svdp_jax.data import synthetic, video
+from svdp_jax.data import detectors, synthetic, video
 
 PAIR = 0
 FRAMES = 72

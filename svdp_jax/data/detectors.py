@@ -33,6 +33,11 @@ NO_LANDMARKER = "no landmarker given: faces are found, expressions are not track
 CASCADE_SIZE = 300  # pixels, longest side of the picture in which the cascade looks
 
 
+def has_landmarker(landmarker: str | os.PathLike | None) -> bool:
+    """Whether `make_detector` would give more than the cascade."""
+    return bool(landmarker or os.environ.get("SVDP_FACE_LANDMARKER"))
+
+
 def make_detector(landmarker: str | os.PathLike | None) -> Detector:
     """The detector for `landmarker`, or else for the environment's SVDP_FACE_LANDMARKER: a .task file (MediaPipe), a .npz file
     (landmarks of each frame in turn); without either, the cascade."""

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float, Float32, UInt8
 from scipy.ndimage import gaussian_filter1d
 
 from svdp_jax.data.detectors import Detector

@@ -46,7 +46,7 @@ class Flags:
     augment: bool = False
     """Change colour and light instead."""
     landmarker: pathlib.Path | None = None
-    """MediaPipe's face_landmarker.task, that the clips were made with (default: $SVDP_FACE_LANDMARKER, else a simple detector)."""
+    """MediaPipe's face_landmarker.task, that the clips were made with (default: $SVDP_FACE_LANDMARKER). A .npz beside LivePortrait's video comes first."""
     seed: int = 0
     """Of the choice of people, and of colours."""
     attempts: int = 3
@@ -74,6 +74,8 @@ def main(flags: Flags) -> None:
         raise ConfigError("pairs needs either --liveportrait CHECKOUT or --augment")
     if flags.liveportrait:
         liveportrait.check(flags.liveportrait)
+        if not detectors.has_landmarker(flags.landmarker):
+            raise ConfigError("pairs --liveportrait needs --landmarker: without landmarks nobody sees whether a pair agrees")
         detectors.make_detector(flags.landmarker)
     share = parts.read_share(flags.shard)
     stored = {split: clips.open_clips(flags.input, split=split) for split in clips.splits(flags.input)}
@@ -95,8 +97,9 @@ def main(flags: Flags) -> None:
         told = ", ".join(f"{count} {split} pairs" for split, count in lengths.items())
         print(f"{flags.output}: {told}; {len(rows) - counts['kept']} clips without one")
         if flags.liveportrait:
-            tried, rejected = (sum(row.get(name, 0) for row in rows) for name in ("tried", "rejected"))
-            print(f"LivePortrait made {tried} drivers, of which {rejected} ({rejected / max(tried, 1):.0%}) were rejected: not where the target is, or no face")
+            drivers, rejected, failed = (sum(row.get(name, 0) for row in rows) for name in ("made", "rejected", "failed"))
+            share = f"{rejected} ({rejected / max(drivers, 1):.0%}) were rejected: their regions are not where the target's are"
+            print(f"LivePortrait made {drivers} drivers, of which {share}; it failed {failed} times")
         print(f"see {flags.output / 'report.html'}; next: python train.py --data.path {flags.output} ...")
 
 
@@ -149,11 +152,11 @@ def _row_and_record(flags: Flags, split: str, number: int) -> tuple[parts.Row, b
         made = clip._replace(driver=driver, driver_landmarks=landmarks)
         row["thumbnail"] = _thumbnail(made)
         if row["agree"] >= flags.agreement:
-            return row | {"tried": rejected + len(failures) + 1, "rejected": rejected + len(failures)}, clips.serialize(made)
+            return row | {"made": rejected + 1, "rejected": rejected, "failed": len(failures)}, clips.serialize(made)
         rejected += 1
     reason = "regions apart" if rejected else "no driver made" if failures else "nobody else"
-    tried = rejected + len(failures)
-    return row | {"dropped": reason, "note": "; ".join(dict.fromkeys(failures)), "tried": tried, "rejected": tried}, None
+    row |= {"dropped": reason, "note": "; ".join(dict.fromkeys(failures)), "made": rejected, "rejected": rejected, "failed": len(failures)}
+    return row, None
 
 
 def _others(data: pathlib.Path, split: str, clip: clips.Clip, rng: np.random.Generator) -> Iterator[clips.Clip]:

@@ -73,7 +73,7 @@ def main(flags: Flags) -> None:
         raise ConfigError("prepare needs --input FOLDER and --output DIR; --help explains")
     share = parts.read_share(flags.shard)
     videos = find_videos(flags.input)
-    if not (flags.landmarker or os.environ.get("SVDP_FACE_LANDMARKER")):
+    if not detectors.has_landmarker(flags.landmarker):
         warnings.warn(f"{detectors.NO_LANDMARKER}; a .npz beside a video is used all the same", stacklevel=1)
     detectors.make_detector(flags.landmarker)  # what is wrong with it is said now
     settings = {"size": flags.size, "fps": flags.fps, "face_scale": flags.face_scale, "validation": flags.validation}
