@@ -1,14 +1,18 @@
 """The bundled demo: `python sample.py` does what the README says, and what is written about it is what was measured."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 from conftest import ROOT
 
-from svdp_jax import checkpoint
+from svdp_jax import checkpoint, rendering
 from svdp_jax.config import load_config
 from svdp_jax.data import bundle, synthetic, video
 from svdp_jax.evaluation import metrics, rendered
@@ -38,6 +42,26 @@ def test_the_bundled_portrait_follows_the_bundled_driver(python, truth, tmp_path
     assert metrics.psnr(frames, moved).mean() > metrics.psnr(copied, moved).mean() + 2
     assert metrics.correlation(metrics.head_position(frames), metrics.head_position(moved)) > 0.6
     assert metrics.frame_change_ratio(frames, moved) < 1.5
+
+
+@pytest.mark.slow
+def test_a_rendering_that_is_killed_is_resumed_to_the_bit(tmp_path):
+    command = [sys.executable, "sample.py", "--no-concat", "--output"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    subprocess.run([*command, tmp_path / "straight"], check=True, cwd=ROOT, env=environment)
+    kept, kills = tmp_path / "killed" / ".source--driving.windows", 0
+    for windows in (1, 3, 4, 8):
+        process = subprocess.Popen([*command, tmp_path / "killed", "--resume"], cwd=ROOT, env=environment)
+        while process.poll() is None and rendering.windows_in(kept) < windows:
+            time.sleep(0.01)
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    assert kills == 4, "each time it was at work"
+    subprocess.run([*command, tmp_path / "killed", "--resume"], check=True, cwd=ROOT, env=environment)
+    straight, resumed = (list(video.read_frames(tmp_path / name / "source--driving.mp4")) for name in ("straight", "killed"))
+    np.testing.assert_array_equal(straight, resumed)
+    assert json.loads((tmp_path / "killed" / "source--driving.json").read_text())["windows"]["resumed"] >= 8
 
 
 def test_the_bundled_files_are_what_the_program_writes(tmp_path):

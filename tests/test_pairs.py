@@ -15,7 +15,7 @@ from svdp_jax.data import augment, clips, detectors, faces, liveportrait, pairs,
 FRAMES, SIZE = 10, 128
 
 # What LivePortrait's command line does, as far as it is used here, but for the animation: its "other person" is the driver in other colours.
-STANDIN = '''
+STANDIN = """
 import argparse, pathlib, sys
 import numpy as np
 from svdp_jax.data import detectors, video
@@ -45,7 +45,7 @@ made = flags.o / f"{pathlib.Path(flags.s).stem}--{pathlib.Path(flags.d).stem}.mp
 detectors.write_landmarks(made.with_suffix(".npz"), detectors.read_landmarks("landmarks.npz") + np.float32([SHIFT if kind == "shifted" else 0, 0]))
 frames = np.repeat(frames, 2, axis=1).repeat(2, axis=2)  # its own size, not ours
 video.write_video(made, 255 - frames, fps=info.fps, metadata={})
-'''
+"""
 
 
 @pytest.fixture(scope="module")

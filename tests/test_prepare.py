@@ -86,7 +86,11 @@ def records(output):
 
 
 def all_clips(output):
-    return {clip.id: clip for split in clips.splits(output) for clip in map(clips.open_clips(output, split=split).__getitem__, range(len(clips.open_clips(output, split=split))))}
+    return {
+        clip.id: clip
+        for split in clips.splits(output)
+        for clip in map(clips.open_clips(output, split=split).__getitem__, range(len(clips.open_clips(output, split=split))))
+    }
 
 
 def test_what_is_kept_and_dropped_and_why(straight):
@@ -138,7 +142,10 @@ def test_another_frame_rate_is_resampled_with_its_landmarks(straight):
 
 
 def test_no_video_is_in_two_splits(straight):
-    by_split = {split: {clips.open_clips(straight, split=split).stored(n).video for n in range(len(clips.open_clips(straight, split=split)))} for split in clips.splits(straight)}
+    by_split = {
+        split: {clips.open_clips(straight, split=split).stored(n).video for n in range(len(clips.open_clips(straight, split=split)))}
+        for split in clips.splits(straight)
+    }
     assert set(by_split) == {"train", "validation"} and not by_split["train"] & by_split["validation"]
 
 
@@ -150,7 +157,10 @@ def test_the_same_command_again_says_that_it_is_done_and_another_one_is_refused(
     assert "is complete" in capsys.readouterr().out and records(straight) == before
     with pytest.raises(ConfigError, match="was begun with --rules.min-face 20.0; use the same"), pytest.warns(UserWarning):
         run(straight, videos, flags=["--rules.min-face", "30"])
-    with pytest.raises(ConfigError, match=r"was begun with other input, 1 fewer .er/bob.mov. and 10 more .ann.mp4, .*; use the same"), pytest.warns(UserWarning):
+    with (
+        pytest.raises(ConfigError, match=r"was begun with other input, 1 fewer .er/bob.mov. and 10 more .ann.mp4, .*; use the same"),
+        pytest.warns(UserWarning),
+    ):
         run(straight, videos / "deep")
 
 
@@ -203,7 +213,9 @@ def test_names_of_videos_in_several_folders_differ(tmp_path):
 def test_clips_become_pairs_that_a_loader_reads(straight, tmp_path):
     from svdp_jax.data import pairs
 
-    pairs.main(cli.parse(pairs.Flags(), ["--input", str(straight), "--output", str(tmp_path / "pairs"), "--augment", "--workers", "2"], description="", prog=""))
+    pairs.main(
+        cli.parse(pairs.Flags(), ["--input", str(straight), "--output", str(tmp_path / "pairs"), "--augment", "--workers", "2"], description="", prog="")
+    )
     data = DataConfig(path=str(tmp_path / "pairs"), size=SIZE, frames=4, history=2)
     batches = loader.batches(data, split="train", seed=0, batch=2)
     assert next(batches).driving.shape == (2, 4, SIZE, SIZE, 3)
