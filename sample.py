@@ -56,7 +56,7 @@ class Flags:
     max_frames: int | None = None
     """Stop after so many frames of the driver."""
     landmarker: pathlib.Path | None = None
-    """MediaPipe's face_landmarker.task, or landmarks in a .npz (default: $SVDP_FACE_LANDMARKER, else a simple detector)."""
+    """MediaPipe's face_landmarker.task, or the driver's landmarks in a .npz (default: $SVDP_FACE_LANDMARKER, else a simple detector)."""
     face: int | None = None
     """Which face of the source, 0 being the largest (default: the largest)."""
     driving_face: int | None = None
@@ -165,6 +165,7 @@ def read_config(flags: Flags) -> Config:
     path = flags.checkpoint / checkpoint.CONFIG
     if not path.is_file():
         raise ConfigError(f"--checkpoint {flags.checkpoint}: no {checkpoint.CONFIG} there; give a training workdir or an exported checkpoint")
+    checkpoint.find_weights(flags.checkpoint)
     return override(load_config(path), flags)
 
 

@@ -163,9 +163,10 @@ def export(directory: pathlib.Path, output: pathlib.Path, *, dtype: str) -> None
 
 
 def fingerprint(directory: pathlib.Path) -> str:
-    """A short hash of a checkpoint's files, for the provenance of what is made with it."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in pathlib.Path(directory).rglob("*") if path.is_file()):
+    """A short hash of the files that `load_weights` reads, for the provenance of what is made with them."""
+    directory, digest = pathlib.Path(directory), hashlib.sha256()
+    read = [directory / CONFIG, *(directory / FROZEN).rglob("*"), *find_weights(directory)[1].rglob("*")]
+    for path in sorted(path for path in read if path.is_file()):
         digest.update(str(path.relative_to(directory)).encode())
         with path.open("rb") as file:
             while part := file.read(2**24):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_network import TINY
 
 from svdp_jax import checkpoint, train_state
 from svdp_jax.config import ConfigError
@@ -115,12 +116,18 @@ def test_inspecting_no_checkpoint_exits_with_a_line(tmp_path, monkeypatch, capsy
     assert line.startswith("error: ") and str(tmp_path) in line
 
 
-def test_a_fingerprint_changes_with_any_byte(tmp_path):
-    (tmp_path / "part").write_bytes(b"weights")
-    before = checkpoint.fingerprint(tmp_path)
-    assert checkpoint.fingerprint(tmp_path) == before
-    (tmp_path / "part").write_bytes(b"weighty")
-    changed = checkpoint.fingerprint(tmp_path)
-    (tmp_path / "part").write_bytes(b"weights")
-    (tmp_path / "part").rename(tmp_path / "other")
-    assert len({before, changed, checkpoint.fingerprint(tmp_path)}) == 3
+def test_a_fingerprint_changes_with_any_byte_that_is_read(tmp_path):
+    checkpoint.write_config(tmp_path, TINY)
+    for part in "weights", "frozen":
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "array").write_bytes(b"values")
+    seen = [checkpoint.fingerprint(tmp_path)]
+    (tmp_path / "metrics.jsonl").write_text("a training that goes on writes this")
+    assert checkpoint.fingerprint(tmp_path) == seen[0]
+    for part in "weights", "frozen":
+        (tmp_path / part / "array").write_bytes(b"valued")
+        seen.append(checkpoint.fingerprint(tmp_path))
+    (tmp_path / "weights" / "array").rename(tmp_path / "weights" / "other")
+    checkpoint.write_config(tmp_path, dataclasses.replace(TINY, name="another"))
+    seen.append(checkpoint.fingerprint(tmp_path))
+    assert len(set(seen)) == 4

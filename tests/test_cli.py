@@ -301,6 +301,8 @@ def broken_config(workdir, folder, section, **values):
         ("no frames", "--max-frames"),
         ("no steps", "sample.steps=0"),
         ("landmarker", "face.onnx"),
+        ("the driver's landmarks for the source", "bare.npz beside it"),
+        ("no weights", "holds neither weights/ nor a finished step"),
     ],
 )
 def test_a_mistake_is_one_line_before_any_weight_is_loaded(case, named, script, never_loaded, media, workdir, tmp_path):
@@ -340,6 +342,10 @@ def test_a_mistake_is_one_line_before_any_weight_is_loaded(case, named, script, 
             flags["--steps"] = 0
         case "landmarker":
             flags |= {"--source": tmp_path / "bare.png", "--landmarker": "face.onnx"}
+        case "the driver's landmarks for the source":
+            flags |= {"--source": tmp_path / "bare.png", "--landmarker": media / "motion.npz"}
+        case "no weights":
+            flags["--checkpoint"] = broken_config(workdir, tmp_path / "bare", "data")
     status, _, err = script("sample.py", *(part for flag in flags.items() for part in flag))
     (line,) = err.splitlines()
     assert status == 2
@@ -409,9 +415,9 @@ def test_weights_that_cannot_be_read_are_one_line(script, media, workdir, tmp_pa
 
 
 def test_the_process_says_one_line_per_warning_and_exits_with_2(python, tmp_path):
-    iio.imwrite(tmp_path / "driver.png", skimage.data.astronaut())
+    iio.imwrite(tmp_path / "source.png", skimage.data.astronaut())
     iio.imwrite(tmp_path / "grey.png", np.full((64, 64, 3), 128, np.uint8))
-    given = ["--source", tmp_path / "grey.png", "--driving", tmp_path / "driver.png", "--output", tmp_path / "out"]
+    given = ["--source", tmp_path / "source.png", "--driving", tmp_path / "grey.png", "--output", tmp_path / "out"]
     done = python("sample.py", *given, SVDP_FACE_LANDMARKER="")
     warning, error = done.stderr.splitlines()
     assert done.returncode == 2

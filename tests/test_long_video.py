@@ -32,7 +32,8 @@ def long_video(tmp_path_factory):
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
     points = np.random.default_rng(1).uniform([450, 200], [850, 600], (478, 2)).astype(np.float32)
-    detectors.write_landmarks(folder / "long.npz", points + 5 * np.sin(np.arange(SECONDS * FPS) / 20)[:, None, None])
+    sway = 5 * np.sin(np.arange(SECONDS * FPS, dtype=np.float32) / 20)[:, None, None]
+    detectors.write_landmarks(folder / "long.npz", points + sway)
     clip = synthetic.pair("validation", 0, frames=1, size=64)
     iio.imwrite(folder / "portrait.png", clip.target[0])
     detectors.write_landmarks(folder / "portrait.npz", points[None] / 12)

@@ -10,7 +10,7 @@ import skimage.data
 
 from svdp_jax import cli
 from svdp_jax.config import ConfigError
-from svdp_jax.data import augment, clips, detectors, faces, liveportrait, pairs, synthetic
+from svdp_jax.data import augment, clips, detectors, faces, liveportrait, pairs, synthetic, video
 
 FRAMES, SIZE = 10, 128
 
@@ -74,7 +74,7 @@ def checkout(tmp_path_factory, people):
 @pytest.fixture
 def make(people, checkout, tmp_path, monkeypatch):
     """make(train=[names], validation=[names], *flags) -> (pairs by name, rows by name, what the stand-in did)."""
-    monkeypatch.setenv("SVDP_FACE_LANDMARKER", "")
+    monkeypatch.setattr(detectors, "make_detector", lambda landmarker: None)  # the stand-in has its landmarks beside its videos
 
     def call(*flags, **splits):
         data = tmp_path / "clips"
@@ -83,7 +83,7 @@ def make(people, checkout, tmp_path, monkeypatch):
                 clips.write_clips([people[name] for name in names], data, split=split, shard=0, shards=1)
             clips.finish(data)
         (checkout / "calls.txt").write_text("")
-        given = ["--input", data, "--output", tmp_path / "pairs", "--liveportrait", checkout, "--landmarker", checkout / "landmarks.npz", *flags]
+        given = ["--input", data, "--output", tmp_path / "pairs", "--liveportrait", checkout, "--landmarker", "face_landmarker.task", *flags]
         pairs.main(cli.parse(pairs.Flags(), list(map(str, given)), description="", prog=""))
         stored = {split: clips.open_clips(tmp_path / "pairs", split=split) for split in clips.splits(tmp_path / "pairs")}
         found = {f"{split}/{clip.id}": clip for split in stored for clip in map(stored[split].__getitem__, range(len(stored[split])))}
@@ -93,7 +93,7 @@ def make(people, checkout, tmp_path, monkeypatch):
         with (tmp_path / "pairs" / "report.csv").open() as file:
             return {row["name"]: row for row in csv.DictReader(file)}
 
-    call.rows = rows
+    call.rows, call.data, call.output = rows, tmp_path / "clips", tmp_path / "pairs"
     return call
 
 
@@ -103,11 +103,12 @@ def test_a_pair_counts_where_the_regions_agree(make, people, capsys):
     assert did[0] == "good" and (row["dropped"], row["person"], row["made"], row["rejected"]) == ("", "green", "1", "0")
     assert float(row["agree"]) == 1 and float(row["apart"]) < 0.04
     assert pair.has_driver and pair.driver.shape == pair.target.shape == (FRAMES, SIZE, SIZE, 3) and pair.video == "target.mp4"
-    assert np.abs(pair.target.astype(int) - people["target"].target).mean() < 3, "the target is the real clip"
+    stored = clips.open_clips(make.data, split="train").stored(0)
+    assert clips.open_clips(make.output, split="train").stored(0).target.mp4 == stored.target.mp4, "the target is the real clip, to the byte"
     assert np.abs(pair.driver.astype(int) - (255 - people["target"].target)).mean() < 6, "and the driver what LivePortrait made"
-    assert rows["train/green"]["dropped"] == "no driver made" and "FRAMES" not in rows["train/green"]["note"]
+    assert rows["train/green"]["dropped"] == "no driver made"
     assert "frames of 10" in rows["train/green"]["note"], "the person in the light of no colour makes it lose a frame"
-    assert rows["validation/green"]["person"] == "target", "where a split shows one person alone, the other split lends one"
+    assert rows["validation/green"]["dropped"] == "no driver made", "not for want of people: where a split shows one alone, the other split lends one"
 
 
 def test_a_driver_that_is_elsewhere_is_rejected_and_someone_else_is_tried(make, capsys):
@@ -147,6 +148,27 @@ def test_a_run_goes_on_where_it_was_cut_off(make, monkeypatch):
     assert rows["train/target"]["dropped"] == ""
 
 
+def test_a_broken_liveportrait_ends_the_run_and_burns_no_clip(make, checkout, monkeypatch):
+    monkeypatch.setattr(pairs, "PATIENCE", 2)
+    script = (checkout / "inference.py").read_text()
+    (checkout / "inference.py").write_text("raise SystemExit('no module named torch')")
+    try:
+        with pytest.raises(ConfigError, match="made no driver for 2 clips in a row, and said: .*no module named torch; mend that and run this again"):
+            make(train=["target", "green", "blue"])
+    finally:
+        (checkout / "inference.py").write_text(script)
+    found, rows, _ = make()
+    assert rows["train/target"]["dropped"] == "" and set(found) == {"train/target", "train/blue"}
+
+
+def test_another_data_set_is_not_continued(make, tmp_path):
+    make(train=["target", "green"])
+    path = clips.shard_path(tmp_path / "clips", split="train", shard=0, shards=1)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ConfigError, match="an --input that has changed since"):
+        make()
+
+
 def test_the_seed_chooses_the_people(people, tmp_path):
     clips.write_clips(people.values(), tmp_path, split="train", shard=0, shards=1)
     clips.finish(tmp_path)
@@ -182,6 +204,9 @@ def test_the_other_face_is_cropped_to_the_targets_size_and_place():
         (["--input", "{data}", "--output", "x", "--augment", "--liveportrait", "y"], "needs either"),
         (["--input", "{data}", "--output", "x", "--liveportrait", "y"], "--liveportrait y: has no inference.py"),
         (["--input", "{data}", "--output", "x", "--liveportrait", "{here}"], "--liveportrait needs --landmarker"),
+        (["--input", "{data}", "--output", "x", "--liveportrait", "{here}", "--python", "no/python"], "--python no/python: no such program"),
+        (["--input", "{data}", "--output", "x", "--liveportrait", "{here}", "--landmarker", "x.npz"], "x.npz: holds the landmarks of one video"),
+        (["--input", "{data}", "--output", "x", "--augment"], "its clips have drivers already"),
         (["--input", "nowhere", "--output", "x", "--augment"], "nowhere is no directory"),
         (["--input", "{data}", "--output", "x", "--augment", "--attempts", "0"], "--attempts 0"),
     ],
@@ -190,14 +215,9 @@ def test_mistakes_are_one_line(flags, said, dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SVDP_FACE_LANDMARKER", "")
     (tmp_path / "inference.py").touch()
-    with pytest.raises(ConfigError, match=said) as error:
+    with pytest.raises((ConfigError, video.MediaError), match=said) as error:
         pairs.main(cli.parse(pairs.Flags(), [flag.format(data=dataset, here=tmp_path) for flag in flags], description="", prog=""))
     assert "\n" not in str(error.value) and not os.path.exists("x")
-
-
-def test_clips_that_have_a_driver_need_none(dataset, tmp_path):
-    with pytest.raises(ConfigError, match="has a driver already"):
-        pairs.main(pairs.Flags(input=dataset, output=tmp_path / "x", augment=True, workers=1))
 
 
 def test_recolouring_changes_colours_and_moves_nothing():

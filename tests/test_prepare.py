@@ -2,11 +2,12 @@
 
 import csv
 import os
+import pathlib
 import random
 import shutil
-import signal
 import subprocess
 import sys
+import time
 from fractions import Fraction
 
 import numpy as np
@@ -50,6 +51,8 @@ def videos(tmp_path_factory):
     (folder / "empty.mp4").touch()
     (folder / "notes.txt").write_text("of no interest")
     (folder / "._ann.mp4").write_text("what some systems leave behind")
+    (folder / "again").symlink_to(folder / "deep")
+    pathlib.Path(os.fsdecode(bytes(folder) + b"/caf\xe9.mp4")).write_text("of a name that is no text")
     whole = (folder / "ann.mp4").read_bytes()
     (folder / "cut off.mp4").write_bytes(whole[: len(whole) * 6 // 10])
     shutil.copy(folder / "ann.npz", folder / "cut off.npz")
@@ -98,6 +101,7 @@ def test_what_is_kept_and_dropped_and_why(straight):
     assert found == [
         ("ann.mp4#000000", ""),
         ("ann.mp4#000020", ""),
+        ("caf\\xe9.mp4", "cannot be read"),
         ("cut off.mp4#000000", ""),
         ("deep/er/bob.mov#000000", ""),
         ("deep/er/bob.mov#000015", ""),
@@ -158,7 +162,7 @@ def test_the_same_command_again_says_that_it_is_done_and_another_one_is_refused(
     with pytest.raises(ConfigError, match="was begun with --rules.min-face 20.0; use the same"), pytest.warns(UserWarning):
         run(straight, videos, flags=["--rules.min-face", "30"])
     with (
-        pytest.raises(ConfigError, match=r"was begun with other input, 1 fewer .er/bob.mov. and 10 more .ann.mp4, .*; use the same"),
+        pytest.raises(ConfigError, match=r"was begun with other input, 1 fewer .er/bob.mov. and 11 more .ann.mp4, .*; use the same"),
         pytest.warns(UserWarning),
     ):
         run(straight, videos / "deep")
@@ -167,7 +171,7 @@ def test_the_same_command_again_says_that_it_is_done_and_another_one_is_refused(
 @pytest.mark.filterwarnings("ignore:no landmarker given")
 def test_machines_share_the_work(straight, videos, tmp_path, capsys):
     run(tmp_path / "clips", videos, flags=["--shard", "1/2"])
-    assert "share 1/2 is done; 5 of 10 pieces" in capsys.readouterr().out and not (tmp_path / "clips" / "dataset_info.json").exists()
+    assert "share 1/2 is done; 6 of 11 videos" in capsys.readouterr().out and not (tmp_path / "clips" / "dataset_info.json").exists()
     run(tmp_path / "clips", videos, flags=["--shard", "0/2"])
     assert records(tmp_path / "clips") == records(straight)
 
@@ -188,17 +192,30 @@ def test_where_nothing_is_kept_the_report_says_why(videos, tmp_path):
         (["--input", "{videos}", "--output", "x", "--shard", "2/2"], "--shard 2/2: takes i/n"),
         (["--input", "{videos}", "--output", "x", "--size", "31"], "--size 31 must be even"),
         (["--input", "{videos}", "--output", "x", "--landmarker", "missing.task"], "missing.task: does not exist"),
+        (["--input", "{videos}", "--output", "x", "--landmarker", "one.npz"], "one.npz: holds the landmarks of one video; put it beside that"),
         (["--input", "{videos}", "--output", "x", "--rules.min-frames", "200"], "min_frames=200"),
     ],
 )
 def test_mistakes_are_one_line_before_any_work(flags, said, videos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SVDP_FACE_LANDMARKER", "x.npz")
+    monkeypatch.setenv("SVDP_FACE_LANDMARKER", "")
     (tmp_path / "nothing").mkdir()
     given = [flag.format(videos=videos, empty=tmp_path / "nothing") for flag in flags]
     with pytest.raises((ConfigError, video.MediaError), match=said) as error:
         prepare.main(cli.parse(prepare.Flags(), given, description="", prog=""))
     assert "\n" not in str(error.value) and not (tmp_path / "x").exists()
+
+
+@pytest.mark.filterwarnings("ignore:no landmarker given")
+def test_all_clips_have_one_kind_of_landmarks(tmp_path):
+    for name in "abc":
+        write(tmp_path / "videos" / f"{name}.mp4", [(0, 20)])
+    (tmp_path / "videos" / "b.npz").unlink()
+    detectors.write_landmarks(tmp_path / "videos" / "c.npz", np.random.default_rng(0).uniform(10, 50, (20, 478, 2)).astype(np.float32))
+    assert prepare.landmarks_per_face(None, [tmp_path / "videos" / "b.mp4", tmp_path / "videos" / "c.mp4"]) == 478
+    run(tmp_path / "clips", tmp_path / "videos")
+    (note,) = [row["note"] for row in rows(tmp_path / "clips") if row["name"] == "c.mp4"]
+    assert "c.npz: 478 per face, and all clips must have 68" in note
 
 
 def test_names_of_videos_in_several_folders_differ(tmp_path):
@@ -207,6 +224,11 @@ def test_names_of_videos_in_several_folders_differ(tmp_path):
         (tmp_path / path).touch()
     assert list(prepare.find_videos([tmp_path / "a", tmp_path / "b", tmp_path / "b" / "c"])) == ["a/x.mp4", "b/c/x.mkv", "b/x.mp4"]
     assert list(prepare.find_videos([tmp_path / "a"])) == ["x.mp4"]
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "b").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "loop").symlink_to(tmp_path / "b")
+    assert list(prepare.find_videos([tmp_path / "links"])) == ["b/c/x.mkv", "b/x.mp4"]
+    assert len(prepare.find_videos([tmp_path / "b", tmp_path / "a" / ".." / "b", tmp_path / "links"])) == 2, "no video twice"
     assert list(prepare.find_videos([tmp_path / "b" / "c" / "x.mkv"])) == ["x.mkv"]
 
 
@@ -230,32 +252,91 @@ def test_clips_become_pairs_that_a_loader_reads(straight, tmp_path):
 # --------------------------------------------------------------------------------------------------------- killed and resumed
 
 
-def killed_and_resumed(videos, output, *, kills, seed):
-    """Runs the command in a process, kills it `kills` times, each after a random time, and lets it end. Where it was quicker, it begins anew."""
-    rng, died, longest = random.Random(seed), 0, 8.0
-    command = [sys.executable, "-m", "svdp_jax.data.prepare", "--input", videos, "--output", output, "--size", str(SIZE), *RULES, "--workers", "2"]
+COMMAND = [sys.executable, "-m", "svdp_jax.data.prepare", "--size", str(SIZE), *RULES, "--workers", "2"]
+
+
+def start(videos, output, *flags):
     variables = os.environ | {"PYTHONPATH": str(ROOT), "SVDP_FACE_LANDMARKER": ""}
-    start = lambda: subprocess.Popen(list(map(str, command)), cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while died < kills:
-        process, after = start(), rng.uniform(longest / 3, longest)
-        try:
-            process.communicate(timeout=after)
-            longest = 0.8 * after
-            shutil.rmtree(output)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            died += 1
-    process = start()
+    command = [*COMMAND, "--input", videos, "--output", output, *flags]
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def ended(process):
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
+    return said
+
+
+def killed(videos, output, *, after, rng):
+    """Starts the command and kills it at a random moment behind its part number `after`, or -1: while shards are written. Returns the number of
+    parts that were there, -1 where there was a shard; None where the command was quicker."""
+    process = start(videos, output)
+    count = lambda: len(list((output / ".parts").glob("*.part")))
+    shards = lambda: list(output.glob("clips-*")) + list(output.glob(".clips-*.partial"))
+    while process.poll() is None and not (shards() if after < 0 else count() >= after):
+        time.sleep(0.001)
+    time.sleep(rng.uniform(0, 0.15) if after >= 0 else 0)
+    process.kill()
+    done, said = process.wait() == 0, -1 if shards() else count()
+    process.stdout.close()
+    return None if done else said
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_ends_in_the_same_records(straight, videos, tmp_path, kills):
-    killed_and_resumed(videos, tmp_path / "clips", kills=kills, seed=kills)
-    assert records(tmp_path / "clips") == records(straight)
-    assert (tmp_path / "clips" / "report.csv").read_text() == (straight / "report.csv").read_text()
+    output, rng, points = tmp_path / "clips", random.Random(kills), []
+    while len(points) < kills:
+        last = points[-1] if points else 0
+        left = kills - len(points)
+        after = -1 if left <= kills // 5 else rng.randint(last, min(last + 1 + 9 // kills, 10))  # the last ones while shards are written
+        point = killed(videos, output, after=after, rng=rng)
+        if point is None:
+            shutil.rmtree(output)  # it was quicker: all begins anew
+            points.clear()
+        else:
+            points.append(point)
+    print(f"killed with so many of 11 parts there, -1 with shards: {points}")
+    assert any(0 < point < 11 for point in points)
+    ended(start(videos, output))
+    assert records(output) == records(straight)
+    assert (output / "report.csv").read_text() == (straight / "report.csv").read_text()
+    assert not list(output.glob(".*")), "nothing is left behind"
+
+
+def test_machines_that_work_at_once_end_in_the_same_records(straight, videos, tmp_path):
+    output = tmp_path / "clips"
+    machines = [start(videos, output, "--shard", f"{index}/3") for index in (0, 1, 2, 2)]  # and one was started twice
+    said = "".join(map(ended, machines))
+    assert "next: python -m svdp_jax.data.pairs" in said and records(output) == records(straight)
+    assert "is complete" in ended(start(videos, output)) and not list(output.glob(".parts*"))
+
+
+@pytest.mark.filterwarnings("ignore:no landmarker given")
+def test_a_part_that_comes_late_or_is_damaged_is_no_trouble(straight, videos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SVDP_FACE_LANDMARKER", "")
+    output = tmp_path / "clips"
+    run(output, videos, flags=["--shard", "0/2"])
+    (output / ".parts" / "000002.part").write_bytes(b"")  # lost with the machine
+    run(output, videos, flags=["--shard", "1/2"])
+    assert "1 of 11 videos are not" in capsys.readouterr().out
+    run(output, videos)
+    assert records(output) == records(straight)
+    parts.write_part(output / ".parts", 3, [({"name": "late", "dropped": "", "note": "", "thumbnail": ""}, b"record")])
+    capsys.readouterr()
+    run(output, videos)
+    assert "is complete" in capsys.readouterr().out and not (output / ".parts").exists() and records(output) == records(straight)
+
+
+@pytest.mark.filterwarnings("ignore:no landmarker given")
+def test_a_full_disk_is_one_line(videos, tmp_path, monkeypatch):
+    def full(self, record):
+        raise RuntimeError("write() failed: No space left on device")
+
+    writer = type("Writer", (), {"__init__": lambda self, *_: None, "write": full, "is_open": lambda self: False})
+    monkeypatch.setattr(clips.array_record_module, "ArrayRecordWriter", writer)
+    with pytest.raises(video.MediaError, match="a.part: cannot be written .write.. failed: No space left on device.; is the disk full"):
+        clips.write_records([b"record"], tmp_path / "a.part")
+    assert not list(tmp_path.iterdir())
 
 
 def test_being_cut_off_while_shards_are_written_loses_nothing(straight, videos, tmp_path, monkeypatch):

@@ -26,7 +26,8 @@ def test_verdicts_are_counted():
 
 
 def test_the_report_holds_every_row(tmp_path):
-    report.write(tmp_path, ROWS, title="clips & more")
+    written = report.write(tmp_path, iter(ROWS), title="clips & more")
+    assert [row["thumbnail"] for row in written] == ["report/000000.jpg", "", "", ""]
     with (tmp_path / "report.csv").open() as file:
         read = list(csv.DictReader(file))
     assert [row["name"] for row in read] == [row["name"] for row in ROWS] and read[1]["note"] == ROWS[1]["note"] and read[1]["face"] == ""

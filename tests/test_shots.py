@@ -36,6 +36,17 @@ def test_a_long_stretch_is_divided_evenly():
     np.testing.assert_allclose(found[0].landmarks, np.stack([face()] * 15), atol=1e-3)
 
 
+def test_clips_are_as_long_as_both_rules_allow():
+    rules = shots.Rules(min_frames=16, max_frames=20, min_face=30, min_sharpness=5)
+    assert spans(run(*[[face()]] * 30, rules=rules)) == [(0, 20, "")], "two of 15 would be too short"
+    assert spans(run(*[[face()]] * 32, rules=rules)) == [(0, 16, ""), (16, 32, "")]
+
+
+def test_another_face_in_its_place_ends_a_clip():
+    far = (detectors.average_face() * 50 + [300, 10]).astype(np.float32)
+    assert spans(run(*[[face()]] * 12, *[[far]] * 3, *[[face()]] * 12)) == [(0, 12, ""), (12, 15, "too short"), (15, 27, "")]
+
+
 def test_a_cut_ends_a_clip_and_a_short_rest_is_too_short():
     assert spans(run(*[[face()]] * 30, scenes=[0] * 12 + [1] * 13 + [2] * 5)) == [(0, 12, ""), (12, 25, ""), (25, 30, "too short")]
 

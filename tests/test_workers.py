@@ -29,6 +29,16 @@ def hangs_at_one(number):
     return number
 
 
+def dies_the_first_time(path):
+    """How often it was called for this path; for the one that ends with 2, the first time is its end."""
+    begun = pathlib.Path(path).read_text() if os.path.exists(path) else ""
+    pathlib.Path(path).write_text(begun + ".")
+    if path.endswith("2") and not begun:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.2)
+    return len(begun) + 1
+
+
 def raises_at_two(number):
     if number == 2:
         raise ValueError("two")
@@ -36,8 +46,10 @@ def raises_at_two(number):
 
 
 def tell_and_wait(path):
-    pathlib.Path(path).write_text(str(os.getpid()))
-    time.sleep(600)
+    """Starts a program, as LivePortrait is started, and waits for it."""
+    program = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    pathlib.Path(path).write_text(f"{os.getpid()} {program.pid}")
+    program.wait()
 
 
 def test_every_input_has_its_result():
@@ -51,21 +63,28 @@ def test_only_the_input_that_kills_its_process_is_lost(function, lost):
     assert results == {number: workers.DIED if number == lost else number for number in range(5)}
 
 
+def test_what_dies_once_is_tried_again_and_costs_the_others_nothing(tmp_path):
+    jobs = [str(tmp_path / str(number)) for number in range(4)]
+    results = dict(workers.in_processes(dies_the_first_time, jobs, workers=2))
+    assert results == {job: 2 if job.endswith("2") else 1 for job in jobs}, "how often each was begun"
+
+
 def test_an_exception_is_raised_here():
     with pytest.raises(ValueError, match="two"):
         list(workers.in_processes(raises_at_two, range(5), workers=2))
 
 
-def test_processes_end_with_their_parent(tmp_path):
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_processes_and_what_they_have_started_end_with_their_parent(tmp_path, end):
     paths = [str(tmp_path / name) for name in "ab"]
     code = f"import test_workers as t\nif __name__ == '__main__': list(t.workers.in_processes(t.tell_and_wait, {paths}, workers=2))"
     (tmp_path / "parent.py").write_text(code)
-    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], env=os.environ | {"PYTHONPATH": os.path.dirname(__file__)})
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], env=os.environ | {"PYTHONPATH": os.path.dirname(__file__)}, stderr=subprocess.DEVNULL)
     wait_for(lambda: all(os.path.exists(path) and pathlib.Path(path).read_text() for path in paths), seconds=60)
-    children = [int(pathlib.Path(path).read_text()) for path in paths]
-    assert all(map(alive, children))
-    parent.kill()
-    parent.wait()
+    children = [int(number) for path in paths for number in pathlib.Path(path).read_text().split()]
+    assert len(children) == 4 and all(map(alive, children))
+    parent.send_signal(end)
+    parent.wait(timeout=20)
     wait_for(lambda: not any(map(alive, children)), seconds=10)
 
 

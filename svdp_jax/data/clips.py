@@ -12,9 +12,11 @@ TensorFlow is not needed, neither to write nor to read.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import pathlib
 import re
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -110,24 +112,40 @@ def write_clips(clips: Iterable[Clip], directory: str | os.PathLike, *, split: s
 
 
 def write_records(records: Iterable[bytes], path: pathlib.Path) -> None:
-    """An ArrayRecord file, which appears only when it is whole; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    # Records are read one by one, in any order; mp4 would not shrink any further.
-    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
+    """An ArrayRecord file, which appears only when it is whole; its folder is made. MediaError where it cannot be written."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    writer = None
     try:
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Records are read one by one, in any order; mp4 would not shrink any further.
+            writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
         for record in records:
-            writer.write(record)
-        writer.close()
-        partial.rename(path)
-    finally:
-        if writer.is_open():
+            with _writing(path):
+                writer.write(record)
+        with _writing(path):
             writer.close()
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.rename(path)
+    finally:
+        if writer is not None and writer.is_open():
+            with contextlib.suppress(RuntimeError):
+                writer.close()
         partial.unlink(missing_ok=True)
 
 
-def serialize(clip: Clip) -> bytes:
-    """A record: the clip's frames as mp4, its landmarks and where it is from. Always the same bytes for the same clip."""
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # of ArrayRecord
+        raise video.MediaError(f"{path}: cannot be written ({_first_line(error)}); is the disk full? then free some space and run the command again") from error
+
+
+def serialize(clip: Clip, *, target: bytes | None = None) -> bytes:
+    """A record: the clip's frames as mp4, its landmarks and where it is from. Always the same bytes for the same clip. `target` is the mp4 of
+    its target where it is stored already, and need not lose anything by being encoded again."""
     _check_clip(clip)
     fps = Fraction(clip.fps).limit_denominator(1001)
     record = {
@@ -135,7 +153,7 @@ def serialize(clip: Clip) -> bytes:
         "video": clip.video,
         "start": clip.start,
         "fps": clip.fps,
-        "target": video.encode(clip.target, fps=fps, crf=CRF),
+        "target": target or video.encode(clip.target, fps=fps, crf=CRF),
         "driver": video.encode(clip.driver, fps=fps, crf=CRF) if clip.has_driver else b"",
         "target_landmarks": clip.target_landmarks,
         "driver_landmarks": clip.driver_landmarks if clip.has_driver else clip.target_landmarks[:1],  # tfds reads no empty array
@@ -240,6 +258,17 @@ def open_clips(directory: str | os.PathLike, *, split: str) -> Clips:
         if _records(path) != length:
             raise ConfigError(f"{path} is gone or cut off, with {length} clips; delete it and run the command that wrote it again")
     return Clips(f"{directory} ({split})", builder.as_data_source(split=split))
+
+
+def fingerprint(directory: str | os.PathLike) -> str:
+    """A short hash of a data set: of what is written about it, and of the ends of its shards."""
+    digest = hashlib.sha256()
+    for path in sorted([pathlib.Path(directory) / "dataset_info.json", *pathlib.Path(directory).glob(f"{NAME}-*.array_record-*")]):
+        with path.open("rb") as file:
+            digest.update(file.read(2**16))
+            file.seek(max(path.stat().st_size - 2**16, 0))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
 
 
 def splits(directory: str | os.PathLike) -> list[str]:

@@ -33,9 +33,13 @@ NO_LANDMARKER = "no landmarker given: faces are found, expressions are not track
 CASCADE_SIZE = 300  # pixels, longest side of the picture in which the cascade looks
 
 
-def has_landmarker(landmarker: str | os.PathLike | None) -> bool:
-    """Whether `make_detector` would give more than the cascade."""
-    return bool(landmarker or os.environ.get("SVDP_FACE_LANDMARKER"))
+def landmarker_for_any(landmarker: str | os.PathLike | None) -> str | None:
+    """The landmarker that is given, or else the environment's, if it can serve any number of videos; None without one. MediaError for a .npz,
+    which holds the landmarks of one video."""
+    given = os.fspath(landmarker or os.environ.get("SVDP_FACE_LANDMARKER") or "")
+    if pathlib.Path(given).suffix == ".npz":
+        raise MediaError(f"landmarker {given}: holds the landmarks of one video; put it beside that, under its name, and give face_landmarker.task")
+    return given or None
 
 
 def make_detector(landmarker: str | os.PathLike | None) -> Detector:

@@ -22,7 +22,7 @@ from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from jaxtyping import UInt8
 
 from svdp_jax.data.errors import MediaError, one_line
-from svdp_jax.data.streams import READ_ERRORS
+from svdp_jax.data.streams import READ_ERRORS, moving
 from svdp_jax.data.timing import declared_end
 
 METADATA_KEYS = ("title", "artist", "comment", "description", "copyright", "date", "genre", "synopsis")  # those an mp4 keeps
@@ -87,8 +87,9 @@ def _add_audio(picture: str, audio_from: str | os.PathLike, output: str, *, seco
             return False
         audio = other.streams.audio[0]
         start = Fraction(0)  # our first frame is at 0, wherever the other file has its own
-        if other.streams.video and other.streams.video[0].start_time is not None:
-            start = other.streams.video[0].start_time * other.streams.video[0].time_base
+        seen = moving(other)
+        if seen and seen.start_time is not None:
+            start = seen.start_time * seen.time_base
         with av.open(output, "w", format="mp4", options={"movflags": "faststart"}) as container:
             container.metadata.update({key: value for key, value in video.metadata.items() if key in METADATA_KEYS})
             video_out = container.add_stream_from_template(video.streams.video[0])

@@ -126,7 +126,7 @@ def driving_crop(landmarks: Float32[np.ndarray, "N K 2"], *, scale: float, withi
     return Crop(x0, y0, side)
 
 
-def best_match(source_landmarks: Float[np.ndarray, "M K 2"], driving_landmarks: Float[np.ndarray, "N K 2"]) -> tuple[int, int]:
+def best_match(source_landmarks: Float[np.ndarray, "M J 2"], driving_landmarks: Float[np.ndarray, "N K 2"]) -> tuple[int, int]:
     """The two frames, one of each, whose faces look most alike: the least distance between landmarks once all are centred and of one
     size, so that a head turned or bent like the other counts, and not where it is."""
     if source_landmarks.shape[1] != driving_landmarks.shape[1]:
@@ -136,7 +136,7 @@ def best_match(source_landmarks: Float[np.ndarray, "M K 2"], driving_landmarks: 
     return divmod(int(found), len(driving_landmarks))
 
 
-def source_crop(source_landmarks: Float[np.ndarray, "K 2"], driving_landmarks: Float[np.ndarray, "N K 2"], driving_crop: Crop) -> Crop:
+def source_crop(source_landmarks: Float[np.ndarray, "J 2"], driving_landmarks: Float[np.ndarray, "N K 2"], driving_crop: Crop) -> Crop:
     """The crop that shows the source's face at the size and place of the driver's in the `best_match`. Size and place are those of
     all landmarks together."""
     _, best = best_match(source_landmarks[None], driving_landmarks)
@@ -208,7 +208,9 @@ def track(
     if follow.last is None:
         raise MediaError(f"no face found in {name}: {ADVICE}")
     _check_gaps(found, fps=fps, name=name)
-    return smooth(np.stack(hold(found)))
+    landmarks = np.stack(hold(found))
+    found.clear()  # of an hour's landmarks, two copies are enough
+    return smooth(landmarks)
 
 
 class Tracker:
@@ -245,9 +247,13 @@ def smooth(landmarks: Float32[np.ndarray, "N K 2"]) -> Float32[np.ndarray, "N K 
     """
     rigid = landmarks[:, _layout(landmarks).rigid]
     place, size, _ = _normalised(rigid)
-    expression = gaussian_filter1d((landmarks - place) / size, EXPRESSION_SIGMA, axis=0, mode="nearest")
+    result = landmarks - place  # one array, changed in place: there may be an hour of them
+    result /= size
+    gaussian_filter1d(result, EXPRESSION_SIGMA, axis=0, mode="nearest", output=result)
     place, size = (gaussian_filter1d(x, HEAD_SIGMA, axis=0, mode="nearest") for x in (place, size))
-    return (expression * size + place).astype(np.float32)
+    result *= size
+    result += place
+    return result.astype(np.float32, copy=False)
 
 
 def _check_gaps(found: list[np.ndarray | None], *, fps: Fraction | float, name: str) -> None:

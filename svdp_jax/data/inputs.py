@@ -8,12 +8,14 @@ A driving video is read twice, first for its landmarks and then frame by frame, 
 from __future__ import annotations
 
 import itertools
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, UInt8
+from tqdm import tqdm
 
 from svdp_jax.config import DataConfig
 from svdp_jax.data import detectors, faces, video
@@ -56,10 +58,13 @@ def prepare(
     """
     picture = video.read_image(source)
     info = video.probe(driving)
+    if align:  # quickly found, or not
+        found = faces.find_face(picture, _source_detector(source, landmarker), face=face, name=str(source))
     frames = itertools.islice(video.read_frames(driving), max_frames)
-    landmarks = faces.track(frames, _detector(driving, landmarker), face=driving_face, fps=info.fps, name=str(driving))
+    total = min(filter(None, (info.frames, max_frames)), default=None)
+    with tqdm(frames, total=total, unit="frame", desc="faces", delay=2, dynamic_ncols=True) as seen:
+        landmarks = faces.track(iter(seen), _detector(driving, landmarker), face=driving_face, fps=info.fps, name=str(driving))
     if align:
-        found = faces.find_face(picture, _detector(source, landmarker), face=face, name=str(source))
         driver_crop = faces.driving_crop(landmarks, scale=data.face_scale, within=(info.width, info.height))
         crop = faces.source_crop(found, landmarks, driver_crop)
         found = faces.crop_landmarks(found, crop, data.size)
@@ -69,9 +74,14 @@ def prepare(
 
 
 def save(inputs: Inputs, path: pathlib.Path) -> None:
-    """Keeps what took time to find: `load` needs no detector."""
+    """Keeps what took time to find: `load` needs no detector. The file is whole or not there."""
     found = {} if inputs.source_landmarks is None else {"source_landmarks": inputs.source_landmarks}
-    np.savez(path, crop=inputs.crop, driver_crop=inputs.driver_crop, landmarks=inputs.landmarks, **found)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        np.savez(file, crop=inputs.crop, driver_crop=inputs.driver_crop, landmarks=inputs.landmarks, **found)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
 
 
 def load(path: pathlib.Path, source: pathlib.Path, driving: pathlib.Path, data: DataConfig) -> Inputs:
@@ -99,6 +109,14 @@ def middle_square(width: int, height: int) -> faces.Crop:
     """The largest square in the middle of a frame."""
     side = min(width, height)
     return faces.Crop((width - side) // 2, (height - side) // 2, side)
+
+
+def _source_detector(path: pathlib.Path, landmarker: pathlib.Path | None) -> detectors.Detector:
+    """Landmarks that are given in a .npz are the driver's."""
+    given, beside = pathlib.Path(landmarker or os.environ.get("SVDP_FACE_LANDMARKER") or ""), path.with_suffix(".npz")
+    if given.suffix == ".npz" and not beside.is_file():
+        raise video.MediaError(f"landmarker {given}: holds the driver's landmarks; {path} needs its own, in {beside.name} beside it")
+    return _detector(path, landmarker)
 
 
 def _detector(path: pathlib.Path, landmarker: pathlib.Path | None) -> detectors.Detector:

@@ -10,7 +10,9 @@ comes out is measured.
 
 from __future__ import annotations
 
+import os
 import pathlib
+import shutil
 import subprocess
 from fractions import Fraction
 
@@ -29,10 +31,14 @@ class Failed(Exception):
     """LivePortrait gave no usable video. The message is one line."""
 
 
-def check(checkout: pathlib.Path) -> None:
-    """ConfigError where there is no LivePortrait."""
+def interpreter(checkout: pathlib.Path, python: str) -> str:
+    """The absolute path of `python`, to call LivePortrait with from its own folder. ConfigError where there is none, or no LivePortrait."""
     if not (checkout / "inference.py").is_file():
         raise ConfigError(f"--liveportrait {checkout}: has no inference.py; give the folder of a LivePortrait checkout")
+    found = shutil.which(python)
+    if not found:
+        raise ConfigError(f"--python {python}: no such program; give the interpreter of LivePortrait's environment")
+    return os.path.abspath(found)  # links stay: they tell a virtual environment
 
 
 def animate(

@@ -20,6 +20,7 @@ import os
 import pathlib
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from typing import Annotated, NamedTuple
 
@@ -29,6 +30,10 @@ import tyro
 from svdp_jax import cli
 from svdp_jax.config import ConfigError
 from svdp_jax.data import augment, clips, detectors, faces, liveportrait, parts, report, video
+
+NO_DRIVER = "no driver made"
+PATIENCE = 5  # clips in a row without a driver, until it is LivePortrait that is mended
+DRAWS = 200  # clips among which other people are looked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,25 +77,29 @@ def main(flags: Flags) -> None:
         raise ConfigError("pairs needs --input CLIPS and --output PAIRS; --help explains")
     if flags.augment == bool(flags.liveportrait):
         raise ConfigError("pairs needs either --liveportrait CHECKOUT or --augment")
+    share, landmarker = parts.read_share(flags.shard), None
     if flags.liveportrait:
-        liveportrait.check(flags.liveportrait)
-        if not detectors.has_landmarker(flags.landmarker):
+        flags = dataclasses.replace(flags, python=liveportrait.interpreter(flags.liveportrait, flags.python))
+        landmarker = detectors.landmarker_for_any(flags.landmarker)
+        if not landmarker:
             raise ConfigError("pairs --liveportrait needs --landmarker: without landmarks nobody sees whether a pair agrees")
-        detectors.make_detector(flags.landmarker)
-    share = parts.read_share(flags.shard)
+        detectors.make_detector(landmarker)
     stored = {split: clips.open_clips(flags.input, split=split) for split in clips.splits(flags.input)}
     pieces = [f"{split}/{number}" for split in stored for number in range(len(stored[split]))]
+    _check_first(flags.input, stored)
     settings = {name: getattr(flags, name) for name in ("augment", "seed", "attempts", "tolerance", "agreement")}
-    work = parts.Parts(flags.output, "pairs", settings | {"input": flags.input.resolve().name}, pieces)
+    work = parts.Parts(flags.output, "pairs", settings | {"data": clips.fingerprint(flags.input)}, pieces)
     if work.finished():
         print(f"{flags.output} is complete: see {flags.output / 'report.html'}")
         return
 
-    jobs = [_Job(work.folder, number, pieces[number], flags) for number in work.missing(share)]
-    count = flags.workers or (1 if flags.liveportrait else os.cpu_count() or 1)
-    parts.work_through(work, jobs, _pair, share=share, workers_count=count, sizes=[1] * len(pieces), unit="clip")
+    jobs = [_Job(work.folder, number, pieces[number], landmarker, flags) for number in work.missing(share)]
+    processes = flags.workers or (1 if flags.liveportrait else len(os.sched_getaffinity(0)))
+    title = f"{flags.output.resolve().name}: pairs of {len(pieces)} clips"
     by_split = {split: [number for number, piece in enumerate(pieces) if piece.startswith(f"{split}/")] for split in stored}
-    made = parts.finish(work, share=share, title=f"{flags.output.resolve().name}: pairs of {len(pieces)} clips", splits=lambda: by_split)
+    with cli.interrupted("the same command continues"):
+        parts.work_through(work, jobs, _pair, share=share, processes=processes, sizes=[1] * len(pieces), unit="clip", watch=_Patience(work.folder))
+        made = parts.finish(work, share=share, title=title, what="clips", splits=lambda: by_split)
     if made:
         lengths, rows = made
         counts = report.summary(rows)
@@ -100,7 +109,35 @@ def main(flags: Flags) -> None:
             drivers, rejected, failed = (sum(row.get(name, 0) for row in rows) for name in ("made", "rejected", "failed"))
             share = f"{rejected} ({rejected / max(drivers, 1):.0%}) were rejected: their regions are not where the target's are"
             print(f"LivePortrait made {drivers} drivers, of which {share}; it failed {failed} times")
+        for split in set(stored) - set(lengths):
+            warnings.warn(f"no clip of the split {split!r} has a pair; train.py needs `train` and `validation`", stacklevel=1)
         print(f"see {flags.output / 'report.html'}; next: python train.py --data.path {flags.output} ...")
+
+
+def _check_first(data: pathlib.Path, stored: dict[str, clips.Clips]) -> None:
+    """ConfigError where the clips have drivers already: most often the first one shows it."""
+    for records in stored.values():
+        with contextlib.suppress(video.MediaError):
+            if records.stored(0).has_driver:
+                raise ConfigError(f"--input {data}: its clips have drivers already; give a data set of `data.prepare`")
+
+
+class _Patience:
+    """Ends a run in which LivePortrait makes nothing for PATIENCE clips in a row: then it is LivePortrait, and not the clips, which are taken up again."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        self.failed: list[int] = []
+
+    def __call__(self, job: parts.Job, rows: list[report.Row]) -> None:
+        if rows[0]["dropped"] != NO_DRIVER:
+            self.failed.clear()
+            return
+        self.failed.append(job.number)
+        if len(self.failed) == PATIENCE:
+            for number in self.failed:
+                parts.part_path(self.folder, number).unlink(missing_ok=True)
+            raise ConfigError(f"LivePortrait made no driver for {PATIENCE} clips in a row, and said: {rows[0]['note']}; mend that and run this again")
 
 
 # ----------------------------------------------------------------------------------------------------------- of one clip
@@ -112,6 +149,7 @@ class _Job(NamedTuple):
     folder: pathlib.Path  # of the parts
     number: int
     name: str  # SPLIT/NUMBER
+    landmarker: str | None
     flags: Flags
 
 
@@ -119,52 +157,53 @@ _landmarker = functools.cache(detectors.make_detector)  # one in each process
 _open = functools.cache(clips.open_clips)
 
 
-def _pair(job: _Job) -> list[parts.Row]:
+def _pair(job: _Job) -> list[report.Row]:
     """Writes the part of one clip and returns its rows."""
-    split, number = job.name.split("/")
-    return parts.write_part(job.folder, job.number, [_row_and_record(job.flags, split, int(number))])
+    return parts.write_part(job.folder, job.number, [_row_and_record(job)])
 
 
-def _row_and_record(flags: Flags, split: str, number: int) -> tuple[parts.Row, bytes | None]:
-    row = {"name": f"{split}/{number}", "dropped": "", "note": "", "thumbnail": ""}
+def _row_and_record(job: _Job) -> tuple[report.Row, bytes | None]:
+    flags, (split, number) = job.flags, job.name.split("/")
+    row = {"name": job.name, "dropped": "", "note": "", "thumbnail": ""}
     try:
-        clip = _open(flags.input, split=split)[number]
+        stored, clip = (read(int(number)) for read in (_open(flags.input, split=split).stored, _open(flags.input, split=split).__getitem__))
     except video.MediaError as error:
         return row | {"dropped": "cannot be read", "note": str(error)}, None
     row["name"] = f"{split}/{clip.id}"
-    if clip.has_driver:
-        raise ConfigError(f"--input {flags.input}: {clip.id} has a driver already; give a data set of `data.prepare`")
     rng = _generator(flags.seed, clip.id)
     if flags.augment:
         clip = clip._replace(driver=augment.recolour(clip.target, rng), driver_landmarks=clip.target_landmarks)
-        return row | {"thumbnail": _thumbnail(clip)}, clips.serialize(clip)
+        return row | {"thumbnail": _thumbnail(clip)}, clips.serialize(clip, target=stored.target.mp4)
 
     failures, rejected, driver = [], 0, None
     for other in itertools.islice(_others(flags.input, split, clip, rng), flags.attempts):
-        row["person"] = other.id
         try:
-            driver, landmarks = _drive(clip, other, flags)
+            driver, landmarks = _drive(clip, other, job)
         except liveportrait.Failed as error:
             failures.append(str(error))
             continue
         distance = liveportrait.apart(clip.target_landmarks, landmarks)
+        row["person"] = other.id
         row["apart"], row["agree"] = round(float(np.median(distance)), 4), round(float((distance <= flags.tolerance).mean()), 3)
         made = clip._replace(driver=driver, driver_landmarks=landmarks)
         row["thumbnail"] = _thumbnail(made)
         if row["agree"] >= flags.agreement:
-            return row | {"made": rejected + 1, "rejected": rejected, "failed": len(failures)}, clips.serialize(made)
+            return row | {"made": rejected + 1, "rejected": rejected, "failed": len(failures)}, clips.serialize(made, target=stored.target.mp4)
         rejected += 1
-    reason = "regions apart" if rejected else "no driver made" if failures else "nobody else"
+    reason = "regions apart" if rejected else NO_DRIVER if failures else "nobody else"
     row |= {"dropped": reason, "note": "; ".join(dict.fromkeys(failures)), "made": rejected, "rejected": rejected, "failed": len(failures)}
     return row, None
 
 
 def _others(data: pathlib.Path, split: str, clip: clips.Clip, rng: np.random.Generator) -> Iterator[clips.Clip]:
-    """Clips of other videos, no video twice, in an order drawn from `rng`; those of other splits come last, for a split may show one person alone."""
+    """Clips of other videos, no video twice, in an order drawn from `rng`; those of other splits come last, for a split may show one person alone.
+
+    DRAWS clips of a split are looked at: in each lies a whole video, and it is read for its name.
+    """
     seen = {clip.video}
     for own in sorted(clips.splits(data), key=lambda name: name != split):
         stored = _open(data, split=own)
-        for number in rng.permutation(len(stored)).tolist():
+        for number in rng.permutation(len(stored))[:DRAWS].tolist():
             with contextlib.suppress(video.MediaError):
                 other = stored.stored(number)
                 if other.video not in seen:
@@ -172,14 +211,16 @@ def _others(data: pathlib.Path, split: str, clip: clips.Clip, rng: np.random.Gen
                     yield other
 
 
-def _drive(clip: clips.Clip, other: clips.Clip, flags: Flags) -> tuple[np.ndarray, np.ndarray]:
+def _drive(clip: clips.Clip, other: clips.Clip, job: _Job) -> tuple[np.ndarray, np.ndarray]:
     """Frames and landmarks of the other person in the clip's motion. Failed where there is none, or no face to be found in it."""
-    with tempfile.TemporaryDirectory() as folder:
+    flags = job.flags
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=job.folder) as folder:  # which goes with the parts, if this process is killed
         try:
             picture = liveportrait.pose_like(other, clip.target_landmarks, size=clip.target.shape[1])
             driver, made = liveportrait.animate(picture, clip, checkout=flags.liveportrait, python=flags.python, folder=pathlib.Path(folder))
             beside = made.with_suffix(".npz")
-            detector = detectors.make_detector(beside) if beside.is_file() else _landmarker(flags.landmarker)
+            detector = detectors.make_detector(beside) if beside.is_file() else _landmarker(job.landmarker)
             landmarks = faces.track(driver, detector, fps=clip.fps, name="what LivePortrait made")
         except video.MediaError as error:
             raise liveportrait.Failed(str(error)) from error

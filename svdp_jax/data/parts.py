@@ -5,7 +5,7 @@ there; whoever finds all of them there puts the shards together. So a run that w
 missing, and ends in the same records as one that was not.
 
     DIRECTORY/{command}.json          what the records depend on: settings and pieces. Another run in the directory must have the same
-    DIRECTORY/.parts/000123.part      ArrayRecord: the records of piece 123, and last its rows as JSON; gone when all is done
+    DIRECTORY/.parts/000123.part      ArrayRecord: the records of piece 123, its rows and its records' sizes as JSON; gone when all is done
     DIRECTORY/clips-*                 the data set (`data.clips`)
 """
 
@@ -20,6 +20,7 @@ import os
 import pathlib
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -62,13 +63,20 @@ def settle(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
     """Writes the settings of a data set to `path`; where they are there, they must be the same: ConfigError that names those that differ."""
     now = json.loads(json.dumps(settings))
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(now, indent=1) + "\n")
-        partial.rename(path)
+    mine = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    mine.write_text(json.dumps(now, indent=1) + "\n")
+    try:
+        os.link(mine, path)  # of machines that begin at once one is first, and the others see what it wrote
+    except FileExistsError:
+        pass
+    except OSError:  # no hard links here
+        if not path.exists():
+            mine.rename(path)
+    finally:
+        mine.unlink(missing_ok=True)
     before = json.loads(path.read_text())
     if before != now:
-        changed = [_difference(name, before.get(name), now.get(name)) for name in now if before.get(name) != now[name]]
+        changed = [_difference(name, before.get(name), now.get(name)) for name in before | now if before.get(name) != now.get(name)]
         raise ConfigError(f"{path.parent} was begun with {', '.join(changed)}; use the same, or another --output")
 
 
@@ -84,13 +92,6 @@ class Parts:
         self.folder = directory / ".parts"
         self.pieces = list(pieces)
 
-    def has_dataset(self) -> bool:
-        return (self.directory / "dataset_info.json").is_file()
-
-    def finished(self) -> bool:
-        """Whether the data set and its report are there already, and nothing is left to do."""
-        return self.has_dataset() and not self.folder.exists()
-
     def of(self, share: Share) -> range:
         """The numbers of the pieces of this share."""
         return range(share.index, len(self.pieces), share.count)
@@ -99,67 +100,102 @@ class Parts:
         """Those that are still to do."""
         return [number for number in self.of(share) if not part_path(self.folder, number).exists()]
 
+    def finished(self) -> bool:
+        """Whether the data set and its report are there. Parts go only after that, so that it counts where some are missing; what is left of them
+        (a late machine may have written one) goes now."""
+        done = (self.directory / "dataset_info.json").is_file() and bool(self.missing())
+        if done:
+            self.remove()
+        return done
+
     def rows(self, number: int) -> list[Row]:
         """What was written of piece `number`."""
-        return self._last(number)["rows"]
+        return self._tail(number, 2)
 
-    def records(self, number: int) -> int:
-        """How many records piece `number` has."""
-        return len(self._last(number)["sizes"])
+    def sizes(self, number: int) -> list[int]:
+        """Bytes of each record of piece `number`."""
+        return self._tail(number, 1)
 
     @contextlib.contextmanager
     def assembly(self) -> Iterator[None]:
         """Only one process at a time puts the shards together."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+    def drop_unreadable(self) -> None:
+        """Parts that a machine has lost in a crash of its own are missing ones."""
+        for number in range(len(self.pieces)):
+            try:
+                self.sizes(number)
+            except (RuntimeError, ValueError):
+                part_path(self.folder, number).unlink()
 
     def assemble(self, splits: Mapping[str, Sequence[int]]) -> dict[str, int]:
         """Writes the shards, the records of each split's pieces in order, and the metadata; returns clips per split. May be cut off, too."""
-        for split, numbers in splits.items():
-            shards = _divide([size for number in numbers for size in self._last(number)["sizes"]])
-            records = self._all_records(numbers)
-            for shard, count in enumerate(shards):
-                path = clips.shard_path(self.directory, split=split, shard=shard, shards=len(shards))
-                taken = itertools.islice(records, count)
-                if path.exists():
-                    collections.deque(taken, maxlen=0)
-                else:
-                    clips.write_records((read() for read in taken), path)
+        sizes = {split: [size for number in numbers for size in self.sizes(number)] for split, numbers in splits.items()}
+        total, free = sum(map(sum, sizes.values())), shutil.disk_usage(self.directory).free
+        if free < total:
+            raise ConfigError(f"{self.directory} has {free / 1e9:.1f} GB free; shards need {total / 1e9:.1f} GB beside the parts; free some and run this again")
+        for left in self.directory.glob(".clips-*.partial"):  # by a process that was killed here
+            left.unlink()
+        with tqdm(total=total, unit="B", unit_scale=True, desc="shards", dynamic_ncols=True, delay=2) as bar:
+            for split, numbers in splits.items():
+                shards = _divide(sizes[split])
+                records = self._all_records(numbers)
+                for shard, count in enumerate(shards):
+                    path = clips.shard_path(self.directory, split=split, shard=shard, shards=len(shards))
+                    taken = itertools.islice(records, count)
+                    if path.exists():
+                        collections.deque(taken, maxlen=0)
+                    else:
+                        clips.write_records((read() for read in taken), path)
+                    bar.update(path.stat().st_size)
         return clips.finish(self.directory)
 
     def remove(self) -> None:
         """The parts, once they are in shards and in the report: at once, so that no cut-off removal looks like missing pieces."""
-        gone = self.folder.with_name(".parts.done")
+        gone = self.folder.with_name(f".parts.{uuid.uuid4().hex}.done")
         with contextlib.suppress(FileNotFoundError):
             self.folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        for left in self.directory.glob(".parts.*.done"):
+            shutil.rmtree(left, ignore_errors=True)
 
-    def _last(self, number: int) -> dict[str, Any]:
+    def _tail(self, number: int, place: int) -> Any:
         with _reader(part_path(self.folder, number)) as reader:
-            return json.loads(reader.read([reader.num_records() - 1])[0])
+            return json.loads(reader.read([reader.num_records() - place])[0])
 
     def _all_records(self, numbers: Sequence[int]) -> Iterator[Callable[[], bytes]]:
         """For each record a function that reads it: those of shards that are there need not be read."""
         for number in numbers:
             with _reader(part_path(self.folder, number)) as reader:
-                for index in range(reader.num_records() - 1):
+                for index in range(reader.num_records() - 2):
                     yield lambda reader=reader, index=index: reader.read([index])[0]
 
 
 def work_through(
-    work: Parts, jobs: Sequence[Job], function: Callable[[Any], list[Row]], *, share: Share, workers_count: int, sizes: Sequence[int], unit: str
+    work: Parts,
+    jobs: Sequence[Job],
+    function: Callable[[Any], list[Row]],
+    *,
+    share: Share,
+    processes: int,
+    sizes: Sequence[int],
+    unit: str,
+    watch: Callable[[Job, list[Row]], None] = lambda job, rows: None,
 ) -> None:
     """Calls `function`, which writes a part and returns its rows, for each of the missing pieces, under a progress bar.
 
-    `sizes` says for every piece how much of the bar it is. A piece whose process dies twice is a row that says so.
+    `sizes` says for every piece how much of the bar it is. A piece whose process dies twice is a row that says so. `watch` sees what
+    each piece has yielded, and may end it all by an exception.
     """
     own = work.of(share)
     total, todo = sum(sizes[number] for number in own), sum(sizes[job.number] for job in jobs)
     kept = dropped = 0
     with tqdm(total=total, initial=total - todo, unit=unit, unit_scale=unit == "B", desc=f"{len(own)} pieces", dynamic_ncols=True) as bar:
-        for job, rows in workers.in_processes(function, jobs, workers=workers_count):
+        for job, rows in workers.in_processes(function, jobs, workers=processes):
             if rows is workers.DIED:
                 row = {"name": job.name, "dropped": "cannot be read", "note": "its process died or took too long, twice", "thumbnail": ""}
                 rows = write_part(work.folder, job.number, [(row, None)])
@@ -167,26 +203,27 @@ def work_through(
             dropped += sum(bool(row["dropped"]) for row in rows)
             bar.update(sizes[job.number])
             bar.set_postfix_str(f"{kept} clips kept, {dropped} dropped")
+            watch(job, rows)
 
 
-def finish(work: Parts, *, share: Share, title: str, splits: Callable[[], Mapping[str, Sequence[int]]]) -> tuple[dict[str, int], list[Row]] | None:
-    """Puts the data set together and writes the report; returns clips per split and all rows. None where pieces of other shares are
-    missing, or another machine was quicker. ConfigError, after the report, where no clip was kept."""
+def finish(work: Parts, *, share: Share, title: str, what: str, splits: Callable[[], Mapping[str, Sequence[int]]]) -> tuple[dict[str, int], list[Row]] | None:
+    """Puts the data set together and writes the report; returns clips per split and all rows, without thumbnails. None where pieces (`what`: videos,
+    clips) of other shares are missing, or another machine was quicker. ConfigError, after the report, where no clip was kept."""
     with work.assembly():
-        missing = work.missing()
-        if work.has_dataset() and len(missing) == len(work.pieces):
-            work.remove()
+        if work.finished():
             return None
-        if missing:
-            print(f"share {share} is done; {len(missing)} of {len(work.pieces)} pieces, of other shares, are not: who is last puts the data set together")
+        if not work.missing():
+            work.drop_unreadable()
+        if missing := work.missing():
+            whose = "of other shares" if not work.missing(share) else "some of them damaged; run this again"
+            print(f"share {share} is done; {len(missing)} of {len(work.pieces)} {what} are not, {whose}: who is last puts the data set together")
             return None
-        rows = [row for number in range(len(work.pieces)) for row in work.rows(number)]
-        report.write(work.directory, rows, title=title)
+        rows = report.write(work.directory, (row for number in range(len(work.pieces)) for row in work.rows(number)), title=title)
         if all(row["dropped"] for row in rows):
             reasons = ", ".join(f"{count} {reason}" for reason, count in report.summary(rows).items() if count)
             raise ConfigError(f"no clip was kept ({reasons}): see {work.directory / 'report.html'}; change the input or the rules, and use another --output")
         lengths = work.assemble(splits())
-    work.remove()
+        work.remove()
     return lengths, rows
 
 
@@ -196,7 +233,7 @@ def part_path(folder: pathlib.Path, number: int) -> pathlib.Path:
 
 
 def write_part(folder: pathlib.Path, number: int, yielded: Iterable[tuple[Row, bytes | None]]) -> list[Row]:
-    """Writes what a piece yields: rows of the report, each with its record if it has one. Returns the rows."""
+    """Writes what a piece yields: rows of the report, each with its record if it has one. Returns the rows without thumbnails."""
     rows, sizes = [], []
 
     def records() -> Iterator[bytes]:
@@ -205,15 +242,18 @@ def write_part(folder: pathlib.Path, number: int, yielded: Iterable[tuple[Row, b
             if record is not None:
                 sizes.append(len(record))
                 yield record
-        yield json.dumps({"rows": rows, "sizes": sizes}).encode()
+        yield json.dumps(rows).encode()
+        yield json.dumps(sizes).encode()
 
     clips.write_records(records(), part_path(folder, number))
-    return rows
+    return [row | {"thumbnail": ""} for row in rows]
 
 
 @contextlib.contextmanager
 def _reader(path: pathlib.Path) -> Iterator[array_record_module.ArrayRecordReader]:
     reader = array_record_module.ArrayRecordReader(str(path))
+    if not reader.ok():  # closing it would raise, too
+        raise ValueError(f"{path} cannot be read")
     try:
         yield reader
     finally:
@@ -233,8 +273,8 @@ def _divide(sizes: Iterable[int]) -> list[int]:
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
-    if name != "pieces":
-        return f"--{name.replace('_', '-')} {before}"
-    new, gone = sorted(set(now) - set(before or [])), sorted(set(before or []) - set(now))
-    parts = [f"{len(names)} {word} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for names, word in ((new, "fewer"), (gone, "more")) if names]
-    return f"other input, {' and '.join(parts) or 'in another order'}"
+    if name == "pieces":
+        new, gone = sorted(set(now) - set(before)), sorted(set(before) - set(now))
+        told = [f"{len(names)} {word} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for names, word in ((new, "fewer"), (gone, "more")) if names]
+        return f"other input, {' and '.join(told) or 'in another order'}"
+    return f"--{name.replace('_', '-')} {before}" if name != "data" else "an --input that has changed since"

@@ -2,7 +2,7 @@
 
     python -m svdp_jax.data.prepare --input VIDEOS --output DIR [--landmarker face_landmarker.task] [--shard i/n]
 
-Each video is read twice: once to find cuts and to follow the largest face, once to cut out what the rules keep. Clips have no
+Each video is decoded twice: once to find cuts and to follow the largest face, once to cut out what the rules keep. Clips have no
 driver yet; `python -m svdp_jax.data.pairs` gives them one. report.html and report.csv in DIR say what was kept and dropped, and why.
 A run that was cut off is continued by the same command, and several machines that share DIR take --shard 0/n ... n-1/n; the
 last one puts the data set together. No file stops a run: what cannot be read is in the report.
@@ -10,6 +10,7 @@ last one puts the data set together. No file stops a run: what cannot be read is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,7 +18,7 @@ import os
 import pathlib
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Annotated, NamedTuple
 
@@ -29,7 +30,6 @@ from svdp_jax.config import ConfigError, DataConfig
 from svdp_jax.data import clips, detectors, faces, inputs, parts, report, shots, video, workers
 
 ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".3gp")
-DIED = "the process that read it died or took too long, twice"
 PAPER = DataConfig()
 
 
@@ -51,8 +51,8 @@ class Flags:
     """Side of the crop, in sides of the face box."""
     rules: shots.Rules = shots.Rules()
     validation: float = 0.02
-    """Share of the clips that go into the split `validation`, by whole videos: nobody is in both."""
-    workers: int = os.cpu_count() or 1
+    """Share of the clips that go into the split `validation`, by whole videos: none is in both."""
+    workers: int = len(os.sched_getaffinity(0))
     """Processes; each reads one video at a time."""
     shard: Annotated[str, tyro.conf.arg(metavar="i/n")] = "0/1"
     """This machine's share of the videos: machine i of n, counted from 0."""
@@ -73,23 +73,26 @@ def main(flags: Flags) -> None:
         raise ConfigError("prepare needs --input FOLDER and --output DIR; --help explains")
     share = parts.read_share(flags.shard)
     videos = find_videos(flags.input)
-    if not detectors.has_landmarker(flags.landmarker):
+    landmarker = detectors.landmarker_for_any(flags.landmarker)
+    if not landmarker:
         warnings.warn(f"{detectors.NO_LANDMARKER}; a .npz beside a video is used all the same", stacklevel=1)
-    detectors.make_detector(flags.landmarker)  # what is wrong with it is said now
+    detectors.make_detector(landmarker)  # what is wrong with it is said now
+    points = landmarks_per_face(landmarker, videos.values())
     settings = {"size": flags.size, "fps": flags.fps, "face_scale": flags.face_scale, "validation": flags.validation}
     settings |= {f"rules.{name}": value for name, value in dataclasses.asdict(flags.rules).items()}
-    settings["landmarker"] = pathlib.Path(flags.landmarker or os.environ.get("SVDP_FACE_LANDMARKER") or "none").name
+    settings["landmarker"] = pathlib.Path(landmarker).name if landmarker else None
     work = parts.Parts(flags.output, "prepare", settings, list(videos))
     if work.finished():
         print(f"{flags.output} is complete: see {flags.output / 'report.html'}")
         return
 
     names = list(videos)
-    jobs = [_Job(work.folder, number, names[number], videos[names[number]], flags) for number in work.missing(share)]
+    jobs = [_Job(work.folder, number, names[number], videos[names[number]], landmarker, points, flags) for number in work.missing(share)]
     sizes = [path.stat().st_size for path in videos.values()]
-    parts.work_through(work, jobs, _prepare_video, share=share, workers_count=flags.workers, sizes=sizes, unit="B")
     title = f"{flags.output.resolve().name}: clips of {len(names)} videos"
-    made = parts.finish(work, share=share, title=title, splits=lambda: split_by_video(work, share=flags.validation))
+    with cli.interrupted("the same command continues"):
+        parts.work_through(work, jobs, _prepare_video, share=share, processes=flags.workers, sizes=sizes, unit="B")
+        made = parts.finish(work, share=share, title=title, what="videos", splits=lambda: split_by_video(work, share=flags.validation))
     if made:
         lengths, rows = made
         lost = ", ".join(f"{count} {reason}" for reason, count in report.summary(rows).items() if reason != "kept")
@@ -101,29 +104,57 @@ def main(flags: Flags) -> None:
 
 def find_videos(folders: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
     """Name -> path of every video in `folders`, sorted. A name is the path from the folder, or, of several, from what they have in common."""
-    found = set()
     for folder in folders:
-        if folder.is_dir():
-            found |= {path.absolute() for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and not path.name.startswith(".") and path.is_file()}
-        elif folder.is_file():
-            found.add(folder.absolute())
-        else:
+        if not folder.exists():
             raise ConfigError(f"--input {folder} does not exist")
+    folders = [pathlib.Path(os.path.abspath(folder)) for folder in folders]
+    found: dict[pathlib.Path, pathlib.Path] = {}  # the file itself -> where it was found, for it may be found by two ways
+    for folder in folders:
+        for path in _files(folder) if folder.is_dir() else [folder]:
+            if path.is_file() and (path == folder or path.suffix.lower() in ENDINGS and not path.name.startswith(".")):
+                found.setdefault(path.resolve(), path)
     if not found:
         raise ConfigError(f"--input {' '.join(map(str, folders))} holds no video ({', '.join(ENDINGS)})")
-    common = pathlib.Path(os.path.commonpath([folder.absolute() if folder.is_dir() else folder.absolute().parent for folder in folders]))
-    return {path.relative_to(common).as_posix(): path for path in sorted(found)}
+    common = os.path.commonpath([folder if folder.is_dir() else folder.parent for folder in folders])
+    # Names that no text can hold are written as if they were quoted.
+    names = {os.fsencode(os.path.relpath(path, common)).decode("utf-8", "backslashreplace"): path for path in found.values()}
+    return dict(sorted(names.items()))
+
+
+def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """All files below, through links too, each folder once, if it can be by its own name."""
+    seen = set()
+    for place, subfolders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders.sort(key=lambda name: (os.path.islink(os.path.join(place, name)), name))
+        yield from (pathlib.Path(place, name) for name in sorted(names))
+
+
+def landmarks_per_face(landmarker: str | None, videos: Iterable[pathlib.Path]) -> int:
+    """How many every clip has: MediaPipe's 478 if there is a landmarker, else as many as in the first .npz beside a video, else the cascade's 68."""
+    if landmarker:
+        return detectors.COUNTS[1]
+    for path in videos:
+        if (beside := path.with_suffix(".npz")).is_file():
+            with contextlib.suppress(video.MediaError):
+                return detectors.read_landmarks(beside).shape[1]
+    return detectors.COUNTS[0]
 
 
 def split_by_video(work: parts.Parts, *, share: float) -> dict[str, list[int]]:
     """Videos of each split: those for validation in an order that only their names decide, until they hold `share` of the clips."""
-    numbers = [number for number in range(len(work.pieces)) if work.records(number)]
-    wanted, validation = share * sum(map(work.records, numbers)), set()
-    for number in sorted(numbers, key=lambda number: hashlib.sha256(work.pieces[number].encode()).digest()):
-        if sum(map(work.records, validation)) >= wanted or len(validation) + 1 >= len(numbers):
+    clips_of = {number: count for number in range(len(work.pieces)) if (count := len(work.sizes(number)))}
+    wanted, held, validation = share * sum(clips_of.values()), 0, set()
+    for number in sorted(clips_of, key=lambda number: hashlib.sha256(work.pieces[number].encode()).digest()):
+        if held >= wanted or len(validation) + 1 >= len(clips_of):
             break
         validation.add(number)
-    return {"train": [number for number in numbers if number not in validation], "validation": [number for number in numbers if number in validation]}
+        held += clips_of[number]
+    return {"train": [number for number in clips_of if number not in validation], "validation": [number for number in clips_of if number in validation]}
 
 
 # ---------------------------------------------------------------------------------------------------------- of one video
@@ -136,21 +167,23 @@ class _Job(NamedTuple):
     number: int
     name: str
     path: pathlib.Path
+    landmarker: str | None
+    points: int  # landmarks per face
     flags: Flags
 
 
-def _prepare_video(job: _Job) -> list[parts.Row]:
-    """Writes the part of one video and returns its rows, without thumbnails."""
+def _prepare_video(job: _Job) -> list[report.Row]:
+    """Writes the part of one video and returns its rows."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default")
-        rows = parts.write_part(job.folder, job.number, _rows_and_records(job, said))
-    return [row | {"thumbnail": ""} for row in rows]
+        return parts.write_part(job.folder, job.number, _rows_and_records(job, said))
 
 
-def _rows_and_records(job: _Job, said: list[warnings.WarningMessage]) -> Iterator[tuple[parts.Row, bytes | None]]:
+def _rows_and_records(job: _Job, said: list[warnings.WarningMessage]) -> Iterator[tuple[report.Row, bytes | None]]:
     rate = Fraction(job.flags.fps).limit_denominator(1001)
     try:
-        info = video.probe(job.path)
+        with workers.time_limit(3600):
+            info = video.probe(job.path)
         seconds = float(info.frames / info.fps) if info.frames else 3600
         with workers.time_limit(300 + 30 * seconds):
             frames = lambda: video.at_rate(video.read_frames(job.path), fps=info.fps, rate=rate)
@@ -172,9 +205,16 @@ _landmarker = functools.cache(detectors.make_detector)  # one in each process
 def _detector(job: _Job, fps: Fraction, rate: Fraction) -> detectors.Detector:
     """For the frames of the video as they are seen at `rate`."""
     beside = job.path.with_suffix(".npz")
-    if not beside.is_file():
-        return _landmarker(job.flags.landmarker)
-    return detectors.precomputed_detector(np.stack(list(video.at_rate(detectors.read_landmarks(beside), fps=fps, rate=rate))))
+    if beside.is_file():
+        landmarks = detectors.read_landmarks(beside)
+        if landmarks.shape[1] != job.points:
+            raise video.MediaError(
+                f"landmarks {beside}: {landmarks.shape[1]} per face, and all clips must have {job.points}, as the landmarker or the first .npz"
+            )
+        return detectors.precomputed_detector(np.stack(list(video.at_rate(landmarks, fps=fps, rate=rate))))
+    if not job.landmarker and job.points != detectors.COUNTS[0]:
+        raise video.MediaError(f"{job.path}: has no {beside.name} beside it, as others have, and there is no --landmarker")
+    return _landmarker(job.landmarker)
 
 
 def _crop(candidate: shots.Candidate, info: video.VideoInfo, flags: Flags) -> faces.Crop:
@@ -202,7 +242,7 @@ def _with_pictures(
 
 def _row_and_record(
     job: _Job, candidate: shots.Candidate, crop: faces.Crop, pictures: list[np.ndarray], rate: Fraction, *, note: str
-) -> tuple[parts.Row, bytes | None]:
+) -> tuple[report.Row, bytes | None]:
     name, start = f"{job.name}#{candidate.start:06d}", float(candidate.start / rate)
     measured = {"face_pixels": round(candidate.face), "step": round(candidate.step, 3), "sharpness": round(candidate.sharpness, 1)}
     row = _row(
@@ -223,7 +263,7 @@ def _row_and_record(
     return row, clips.serialize(clip)
 
 
-def _row(name: str, dropped: str, *, note: str = "", thumbnail: str = "", **measured: float) -> parts.Row:
+def _row(name: str, dropped: str, *, note: str = "", thumbnail: str = "", **measured: float) -> report.Row:
     return {"name": name, "dropped": dropped, **measured, "note": note, "thumbnail": thumbnail}
 
 

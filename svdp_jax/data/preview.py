@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import cv2
@@ -41,7 +42,7 @@ class Flags:
     config: pathlib.Path | None = None
     """Config (.py, or the config.json of a checkpoint) with the size, crop and margins to show (default: the paper's)."""
     landmarker: pathlib.Path | None = None
-    """MediaPipe's face_landmarker.task, or landmarks in a .npz (default: $SVDP_FACE_LANDMARKER, else a simple detector)."""
+    """MediaPipe's face_landmarker.task, or the driver's landmarks in a .npz (default: $SVDP_FACE_LANDMARKER, else a simple detector)."""
     face: int | None = None
     """Which face of the source, 0 being the largest."""
     driving_face: int | None = None
@@ -139,7 +140,7 @@ def _marked(crop: np.ndarray, landmarks: np.ndarray | None, boxes: np.ndarray | 
     return _draw(_fitted(crop), landmarks, boxes, lambda points: (points + 0.5) * (CELL / len(crop)) - 0.5)
 
 
-def _draw(canvas: np.ndarray, landmarks: np.ndarray | None, boxes: np.ndarray | None, place: object) -> np.ndarray:
+def _draw(canvas: np.ndarray, landmarks: np.ndarray | None, boxes: np.ndarray | None, place: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     if landmarks is None or boxes is None:
         return canvas
     for corners in place(boxes.reshape(-1, 2, 2)):

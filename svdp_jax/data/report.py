@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import base64
 import collections
+import contextlib
 import csv
 import html
-import os
 import pathlib
-from collections.abc import Iterable, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import cv2
@@ -66,39 +67,35 @@ def summary(rows: Iterable[Row]) -> dict[str, int]:
     return {"kept": counts.pop("kept", 0), **dict(counts.most_common())}
 
 
-def write(directory: pathlib.Path, rows: Sequence[Row], *, title: str) -> None:
-    """Writes report.csv, report.html and report/. A report that is there is replaced."""
-    columns = list(dict.fromkeys(name for row in rows for name in row if name != "thumbnail"))
-    pictures = directory / "report"
+def write(directory: pathlib.Path, rows: Iterable[Row], *, title: str) -> list[Row]:
+    """Writes report.csv, report.html and report/. A report that is there is replaced. Returns the rows, their thumbnails as paths."""
+    pictures, written = directory / "report", []
     pictures.mkdir(parents=True, exist_ok=True)
-    with _whole(directory / "report.csv") as partial, partial.open("w", newline="") as file:
+    for number, row in enumerate(rows):
+        picture = ""
+        if row["thumbnail"]:
+            picture = f"{pictures.name}/{number:06d}.jpg"
+            (directory / picture).write_bytes(base64.b64decode(row["thumbnail"]))
+        written.append(row | {"thumbnail": picture})  # not the picture itself: there may be tens of thousands
+    columns = list(dict.fromkeys(name for row in written for name in row if name != "thumbnail"))
+    with _whole(directory / "report.csv") as partial, partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", restval="")
         writer.writeheader()
-        writer.writerows(rows)
-    for number, row in enumerate(rows):
-        if row["thumbnail"]:
-            _picture(pictures, number).write_bytes(base64.b64decode(row["thumbnail"]))
+        writer.writerows(written)
     with _whole(directory / "report.html") as partial:
-        partial.write_text(_page(rows, columns, title=title), encoding="utf-8")
+        partial.write_text(_page(written, columns, title=title), encoding="utf-8", errors="backslashreplace")
+    return written
 
 
-class _whole:
+@contextlib.contextmanager
+def _whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A path to write to, which becomes `path` when that is done."""
-
-    def __init__(self, path: pathlib.Path):
-        self.path, self.partial = path, path.with_name(f".{path.name}.{os.getpid()}.partial")
-
-    def __enter__(self) -> pathlib.Path:
-        return self.partial
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
-            self.partial.replace(self.path)
-        self.partial.unlink(missing_ok=True)
-
-
-def _picture(folder: pathlib.Path, number: int) -> pathlib.Path:
-    return folder / f"{number:06d}.jpg"
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _page(rows: Sequence[Row], columns: Sequence[str], *, title: str) -> str:
@@ -116,10 +113,11 @@ def _page(rows: Sequence[Row], columns: Sequence[str], *, title: str) -> str:
     for verdict, label in [("all", f"all {len(rows)}"), *((verdict, f"{verdict} {count}") for verdict, count in counts.items())]:
         lines.append(f"<button data-show='{text(verdict, quote=True)}' aria-pressed={'true' if verdict == 'all' else 'false'}>{text(label)}</button>")
     lines.append("<div id=clips>")
-    for number, row in enumerate(rows):
+    measured = [name for name in columns if name not in ("name", "dropped", "note")]
+    for row in rows:
         verdict = row["dropped"] or "kept"
-        picture = f"<img loading=lazy alt='' src='report/{_picture(pathlib.Path(), number)}'>" if row["thumbnail"] else ""
-        shown = ", ".join(f"{name} {_short(row[name])}" for name in columns if name not in ("name", "dropped", "note") and row.get(name) not in (None, ""))
+        picture = f"<img loading=lazy alt='' src='{row['thumbnail']}'>" if row["thumbnail"] else ""
+        shown = ", ".join(f"{name} {_short(row[name])}" for name in measured if row.get(name) not in (None, ""))
         note = f"<br><small>{text(row['note'])}</small>" if row["note"] else ""
         body = f"{picture}<b>{text(verdict)}</b> {text(row['name'])}<br><small>{text(shown)}</small>{note}"
         lines.append(f"<div class='clip {'' if row['dropped'] else 'is-kept'}' data-verdict='{text(verdict, quote=True)}'>{body}</div>")

@@ -69,7 +69,8 @@ class _Stretch(NamedTuple):
 
 
 def candidates(frames: Iterable[UInt8[np.ndarray, "H W 3"]], detector: detectors.Detector, rules: Rules) -> Iterator[Candidate]:
-    """Every frame of a video is in one candidate, but for pauses without a face that are too short for a clip."""
+    """Every frame of a video is in one candidate, but for pauses without a face that are too short for a clip, and rests that are
+    left where clips of both the least and the greatest length cannot be had."""
     for stretch in _stretches(frames, detector):
         length = len(stretch.found)
         if stretch.found[0] is None:
@@ -78,9 +79,9 @@ def candidates(frames: Iterable[UInt8[np.ndarray, "H W 3"]], detector: detectors
             continue
         held = np.stack(faces.hold(stretch.found))
         smooth = faces.smooth(held)
-        pieces = -(-length // rules.max_frames)
+        pieces = max(1, min(-(-length // rules.max_frames), length // rules.min_frames))
         for piece in range(pieces):
-            part = slice(piece * length // pieces, (piece + 1) * length // pieces)
+            part = slice(piece * length // pieces, min((piece + 1) * length // pieces, piece * length // pieces + rules.max_frames))
             yield _judge(stretch.start + part.start, held[part], smooth[part], np.array(stretch.sharpness[part]), rules)
 
 
@@ -110,13 +111,18 @@ def _judge(start: int, held: np.ndarray, landmarks: np.ndarray, sharp: np.ndarra
 
 
 def _stretches(frames: Iterable[np.ndarray], detector: detectors.Detector) -> Iterator[_Stretch]:
-    """Runs of frames with one face, short gaps included, and of frames without any, in order; a cut ends either."""
+    """Runs of frames with one face, short gaps included, and of frames without any, in order; a cut ends either, another face the first."""
     follow, run = faces.Tracker(), _Stretch(0, [], [])
     for number, (frame, is_cut) in enumerate(with_cuts(frames)):
         if is_cut:
             yield from _ended(run)
             follow, run = faces.Tracker(), _Stretch(number, [], [])
-        found = follow(detector(frame))
+        shown = detector(frame)
+        found = follow(shown)
+        if found is None and len(shown):  # someone else's face in its place
+            yield from _ended(run)
+            follow, run = faces.Tracker(), _Stretch(number, [], [])
+            found = follow(shown)
         if found is not None and run.found and run.found[0] is None:  # a face comes in
             yield from _ended(run)
             run = _Stretch(number, [], [])

@@ -26,41 +26,41 @@ DIED = object()
 
 
 def in_processes(function: Callable[[Job], Any], jobs: Iterable[Job], *, workers: int) -> Iterator[tuple[Job, Any]]:
-    """Results of `function` in the order in which they are ready. Where a process dies, all that was running is run again, one at a
-    time, so that only the input that kills it is lost. An exception of `function` is raised here. Closing the iterator ends the processes."""
-    waiting, suspects = collections.deque(jobs), collections.deque()
-    while waiting or suspects:
-        # A pool that breaks takes all that runs in it along, so suspects get one of their own each.
-        queue = collections.deque([suspects.popleft()]) if suspects else waiting
-        alone = queue is not waiting
-        running: dict[concurrent.futures.Future, Job] = {}
-        pool = concurrent.futures.ProcessPoolExecutor(1 if alone else workers, multiprocessing.get_context("spawn"), _begin)
-        try:
-            broken = False
-            while running or (queue and not broken):
-                while queue and len(running) < workers and not broken:
-                    job = queue.popleft()
-                    try:
-                        running[pool.submit(function, job)] = job
-                    except BrokenProcessPool:
-                        queue.appendleft(job)
-                        broken = True
-                for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
-                    job = running.pop(future)
-                    try:
-                        result = future.result()
-                    except BrokenProcessPool:
-                        broken = True
-                        if not alone:
-                            suspects.append(job)
-                            continue
-                        result = DIED
-                    yield job, result
-        except BaseException:
-            for child in multiprocessing.active_children():
-                child.terminate()
-            raise
-        finally:
+    """Results of `function` in the order in which they are ready. An input whose process dies is tried once more. An exception of
+    `function` is raised here. Closing the iterator ends the processes, and those that they have started."""
+    waiting = collections.deque(enumerate(jobs))
+    running: dict[concurrent.futures.Future, tuple[int, Job, concurrent.futures.ProcessPoolExecutor]] = {}
+    idle: list[concurrent.futures.ProcessPoolExecutor] = []  # of one process each, so that a death concerns its own input alone
+    died: set[int] = set()
+    before = set(multiprocessing.active_children())
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                pool = idle.pop() if idle else concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)
+                try:
+                    running[pool.submit(function, waiting[0][1])] = (*waiting[0], pool)
+                    waiting.popleft()
+                except BrokenProcessPool:  # died while it had nothing to do
+                    pool.shutdown()
+            for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
+                number, job, pool = running.pop(future)
+                try:
+                    result = future.result()
+                    idle.append(pool)
+                except BrokenProcessPool:
+                    pool.shutdown()
+                    if number not in died:
+                        died.add(number)
+                        waiting.appendleft((number, job))
+                        continue
+                    result = DIED
+                yield job, result
+    finally:
+        for child in set(multiprocessing.active_children()) - before if running else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.kill()
+        for pool in [*idle, *(pool for _, _, pool in running.values())]:
             pool.shutdown(cancel_futures=True)
 
 
@@ -76,12 +76,12 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def _begin() -> None:
-    """In each process: one core, Ctrl-C is the parent's to handle, and no life without it."""
+    """In each process: one core, a process group of its own, which Ctrl-C does not reach, and no life for it without the parent."""
     cv2.setNumThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgid(0, 0)
 
     def follow() -> None:
         multiprocessing.parent_process().join()
-        os._exit(1)
+        os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=follow, daemon=True).start()
