@@ -150,9 +150,11 @@ def source_crop(source_landmarks: Float[np.ndarray, "J 2"], driving_landmarks: F
 
 def apply_crop(frame: UInt8[np.ndarray, "H W 3"], crop: Crop, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """The crop as a square of `size` pixels; beyond the image its edge is repeated."""
-    rows = np.clip(np.arange(crop.y0, crop.y0 + crop.side), 0, frame.shape[0] - 1)
-    columns = np.clip(np.arange(crop.x0, crop.x0 + crop.side), 0, frame.shape[1] - 1)
-    return _resize(frame[rows[:, None], columns], size)
+    (rows, top, bottom), (columns, left, right) = (_within(start, crop.side, length) for start, length in zip((crop.y0, crop.x0), frame.shape, strict=False))
+    part = frame[rows, columns]
+    if top or bottom or left or right:
+        part = cv2.copyMakeBorder(part, top, bottom, left, right, cv2.BORDER_REPLICATE)
+    return _resize(part, size)
 
 
 def crop_landmarks(landmarks: Float32[np.ndarray, "*batch K 2"], crop: Crop, size: int) -> Float32[np.ndarray, "*batch K 2"]:
@@ -294,6 +296,13 @@ def _ramp(start: int, side: int, length: int) -> np.ndarray:
     rise = inwards if start > 0 else np.ones_like(inwards)
     fall = inwards[::-1] if start + side < length else np.ones_like(inwards)
     return np.minimum(np.minimum(rise, fall), 1)
+
+
+def _within(start: int, side: int, length: int) -> tuple[slice, int, int]:
+    """The part of start..start+side that lies on an axis of this length, at least one pixel of it, and how much is missing before and behind."""
+    first, last = min(max(start, 0), length - 1), min(max(start + side, 1), length)
+    before = min(max(first - start, 0), side - 1)
+    return slice(first, last), before, side - before - (last - first)
 
 
 def _resize(image: np.ndarray, size: int) -> np.ndarray:
