@@ -40,19 +40,25 @@ def long_video(tmp_path_factory):
     return folder
 
 
+# A process reports its own peak: what its parent sees of it (ru_maxrss) is no less than the parent's own.
+MEASURED = """
+import re, runpy
+runpy.run_path("sample.py", run_name="__main__")
+print("peak", re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+"""
+
+
 def peak(folder, workdir, *flags):
     """Peak resident memory of sample.py, in MB."""
     given = ["-s", folder / "portrait.png", "-d", folder / "long.mp4", "-o", folder / "out", "--checkpoint", workdir, "--steps", 1, *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    process = subprocess.Popen([sys.executable, "sample.py", *map(str, given)], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    return usage.ru_maxrss / 1024
+    command = [sys.executable, "-c", MEASURED, *map(str, given)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+    return int(done.stdout.split()[-1]) / 1024
 
 
 @pytest.mark.slow
 def test_ten_minutes_add_less_than_500_megabytes(long_video, workdir):
     short, long = peak(long_video, workdir, "--max-frames", 2 * FPS), peak(long_video, workdir)
     print(f"peak resident memory: {short:.0f} MB for 2 seconds, {long:.0f} MB for {SECONDS}")
-    assert len(list((long_video / "out").glob("*.mp4"))) == 2 and long - short < 500
+    assert len(list((long_video / "out").glob("*.mp4"))) == 2 and 20 < long - short < 500  # landmarks alone are 69 MB

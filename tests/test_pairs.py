@@ -74,6 +74,7 @@ def checkout(tmp_path_factory, people):
 @pytest.fixture
 def make(people, checkout, tmp_path, monkeypatch):
     """make(train=[names], validation=[names], *flags) -> (pairs by name, rows by name, what the stand-in did)."""
+    monkeypatch.chdir(tmp_path)  # paths may be relative
     monkeypatch.setattr(detectors, "make_detector", lambda landmarker: None)  # the stand-in has its landmarks beside its videos
 
     def call(*flags, **splits):
@@ -83,7 +84,7 @@ def make(people, checkout, tmp_path, monkeypatch):
                 clips.write_clips([people[name] for name in names], data, split=split, shard=0, shards=1)
             clips.finish(data)
         (checkout / "calls.txt").write_text("")
-        given = ["--input", data, "--output", tmp_path / "pairs", "--liveportrait", checkout, "--landmarker", "face_landmarker.task", *flags]
+        given = ["--input", data, "--output", "pairs", "--liveportrait", os.path.relpath(checkout, tmp_path), "--landmarker", "face_landmarker.task", *flags]
         pairs.main(cli.parse(pairs.Flags(), list(map(str, given)), description="", prog=""))
         stored = {split: clips.open_clips(tmp_path / "pairs", split=split) for split in clips.splits(tmp_path / "pairs")}
         found = {f"{split}/{clip.id}": clip for split in stored for clip in map(stored[split].__getitem__, range(len(stored[split])))}

@@ -45,7 +45,7 @@ def animate(
     picture: UInt8[np.ndarray, "H W 3"], clip: clips.Clip, *, checkout: pathlib.Path, python: str, folder: pathlib.Path
 ) -> tuple[UInt8[np.ndarray, "N H W 3"], pathlib.Path]:
     """The person of `picture` in the motion of `clip.target`, at the clip's size, and the file they were read from. Failed if there is none such."""
-    frames, size = clip.target, clip.target.shape[1]
+    frames, size, folder = clip.target, clip.target.shape[1], folder.absolute()  # LivePortrait runs in its own
     iio.imwrite(folder / "face.png", picture)
     video.write_video(folder / "motion.mp4", frames, fps=Fraction(clip.fps).limit_denominator(1001), metadata={}, crf=clips.CRF)
     output = folder / "made"

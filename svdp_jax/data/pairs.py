@@ -107,8 +107,8 @@ def main(flags: Flags) -> None:
         print(f"{flags.output}: {told}; {len(rows) - counts['kept']} clips without one")
         if flags.liveportrait:
             drivers, rejected, failed = (sum(row.get(name, 0) for row in rows) for name in ("made", "rejected", "failed"))
-            share = f"{rejected} ({rejected / max(drivers, 1):.0%}) were rejected: their regions are not where the target's are"
-            print(f"LivePortrait made {drivers} drivers, of which {share}; it failed {failed} times")
+            told = f"{rejected} ({rejected / max(drivers, 1):.0%}) were rejected: their regions are not where the target's are"
+            print(f"LivePortrait made {drivers} drivers, of which {told}; it failed {failed} times")
         for split in set(stored) - set(lengths):
             warnings.warn(f"no clip of the split {split!r} has a pair; train.py needs `train` and `validation`", stacklevel=1)
         print(f"see {flags.output / 'report.html'}; next: python train.py --data.path {flags.output} ...")
@@ -165,17 +165,18 @@ def _pair(job: _Job) -> list[report.Row]:
 def _row_and_record(job: _Job) -> tuple[report.Row, bytes | None]:
     flags, (split, number) = job.flags, job.name.split("/")
     row = {"name": job.name, "dropped": "", "note": "", "thumbnail": ""}
+    records = _open(flags.input, split=split)
     try:
-        stored, clip = (read(int(number)) for read in (_open(flags.input, split=split).stored, _open(flags.input, split=split).__getitem__))
+        clip, mp4 = records[int(number)], records.stored(int(number)).target.mp4
     except video.MediaError as error:
         return row | {"dropped": "cannot be read", "note": str(error)}, None
     row["name"] = f"{split}/{clip.id}"
     rng = _generator(flags.seed, clip.id)
     if flags.augment:
         clip = clip._replace(driver=augment.recolour(clip.target, rng), driver_landmarks=clip.target_landmarks)
-        return row | {"thumbnail": _thumbnail(clip)}, clips.serialize(clip, target=stored.target.mp4)
+        return row | {"thumbnail": _thumbnail(clip)}, clips.serialize(clip, target=mp4)
 
-    failures, rejected, driver = [], 0, None
+    failures, rejected = [], 0
     for other in itertools.islice(_others(flags.input, split, clip, rng), flags.attempts):
         try:
             driver, landmarks = _drive(clip, other, job)
@@ -188,7 +189,7 @@ def _row_and_record(job: _Job) -> tuple[report.Row, bytes | None]:
         made = clip._replace(driver=driver, driver_landmarks=landmarks)
         row["thumbnail"] = _thumbnail(made)
         if row["agree"] >= flags.agreement:
-            return row | {"made": rejected + 1, "rejected": rejected, "failed": len(failures)}, clips.serialize(made, target=stored.target.mp4)
+            return row | {"made": rejected + 1, "rejected": rejected, "failed": len(failures)}, clips.serialize(made, target=mp4)
         rejected += 1
     reason = "regions apart" if rejected else NO_DRIVER if failures else "nobody else"
     row |= {"dropped": reason, "note": "; ".join(dict.fromkeys(failures)), "made": rejected, "rejected": rejected, "failed": len(failures)}
