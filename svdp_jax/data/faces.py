@@ -99,11 +99,12 @@ def centres(landmarks: Float32[np.ndarray, "*batch K 2"]) -> Float32[np.ndarray,
 
 def mask_frames(frames: UInt8[np.ndarray, "N H W 3"], boxes: Float32[np.ndarray, "N 4 4"]) -> UInt8[np.ndarray, "N H W 3"]:
     """`frames` with every pixel black whose centre lies outside all boxes of its frame."""
-    x, y = np.arange(frames.shape[2]), np.arange(frames.shape[1])
-    x0, y0, x1, y1 = (boxes[..., i, None] for i in range(4))  # [N, 4, 1]
-    columns, rows = (x0 <= x) & (x <= x1), (y0 <= y) & (y <= y1)  # [N, 4, W], [N, 4, H]
-    seen = (rows[..., :, None] & columns[..., None, :]).any(axis=1)  # [N, H, W]
-    return frames * seen[..., None]
+    masked = np.zeros_like(frames)
+    first, stop = (np.maximum(edge, 0).astype(int) for edge in (np.ceil(boxes[..., :2]), np.floor(boxes[..., 2:]) + 1))
+    for frame, out, firsts, stops in zip(frames, masked, first, stop, strict=True):
+        for (x0, y0), (x1, y1) in zip(firsts, stops, strict=True):
+            out[y0:y1, x0:x1] = frame[y0:y1, x0:x1]
+    return masked
 
 
 def driving_crop(landmarks: Float32[np.ndarray, "N K 2"], *, scale: float, within: tuple[int, int] | None = None) -> Crop:
