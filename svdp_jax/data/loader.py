@@ -68,7 +68,7 @@ def batches(
     def at_step(step: int) -> tuple[Batch, list[Corrupt]]:
         first = step * batch + process_index * share
         samples, corrupt = zip(*(make(first + i) for i in range(share)), strict=True)
-        return Batch(*map(np.stack, zip(*samples, strict=True))), [record for records in corrupt for record in records]
+        return Batch(*map(_stack, zip(*samples, strict=True))), [record for records in corrupt for record in records]
 
     dataset = grain.MapDataset.range(start_step, sys.maxsize).map(at_step)
     if data.workers == 0:
@@ -78,12 +78,13 @@ def batches(
             flags.FLAGS.mark_as_parsed()  # grain reads absl's flags, which only absl's own main would have parsed
         ahead = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2))
-    stream = _stream(iter(ahead), clips, limit=data.corrupt_limit)
+    stream = _stream(iter(ahead), clips, limit=data.corrupt_limit, shared=data.workers > 0)
     atexit.register(_close, weakref.ref(stream))
     return stream
 
 
-def _stream(iterator: grain.DatasetIterator, clips: clips_lib.Clips, *, limit: float) -> Generator[Batch, None, None]:
+def _stream(iterator: grain.DatasetIterator, clips: clips_lib.Clips, *, limit: float, shared: bool) -> Generator[Batch, None, None]:
+    """The batches alone. `shared` arrays lie in their worker's memory, which ends with it: they are copied."""
     bad: set[int] = set()  # kept here and not where records are read, so that it is the same for any number of workers
     try:
         for batch, corrupt in iterator:
@@ -94,7 +95,7 @@ def _stream(iterator: grain.DatasetIterator, clips: clips_lib.Clips, *, limit: f
             if len(bad) > limit * len(clips):
                 share = f"{len(bad)} of {len(clips)} records of {clips.path} are corrupt, more than data.corrupt_limit={limit:g} allows"
                 raise video.MediaError(f"{share}; the last: {problem}; make the dataset again")
-            yield Batch(*map(np.array, batch))  # a copy: workers' arrays lie in shared memory, which ends with them
+            yield Batch(*map(np.array, batch)) if shared else batch
     finally:
         iterator.close()
 
@@ -174,6 +175,10 @@ def _resize(frames: Frames, size: int) -> UInt8[np.ndarray, "N {size} {size} 3"]
     for frame, out in zip(frames, shrunk, strict=True):
         cv2.resize(frame, (size, size), dst=out, interpolation=cv2.INTER_AREA)
     return shrunk
+
+
+def _stack(parts: tuple[np.ndarray, ...]) -> np.ndarray:
+    return np.stack(parts) if len(parts) > 1 else parts[0][None]  # one need not be copied
 
 
 @functools.lru_cache(maxsize=4)  # prefetching threads may stand on both sides of the end of an epoch
