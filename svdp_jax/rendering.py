@@ -13,7 +13,6 @@ One frame takes H x W x 3 bytes: 1 MB at 576 x 576, 25 MB a second.
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from svdp_jax.config import ConfigError
+from svdp_jax.data import files
 from svdp_jax.pipeline import Window
 
 SETTINGS, INPUTS = "settings.json", "inputs.npz"
@@ -56,18 +56,9 @@ def check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
 
 
 def save(folder: pathlib.Path, window: Window) -> None:
-    """Keeps a window. ConfigError where there is no room for it; those before it stay."""
-    path = folder / f"{window.number:06d}.npz"
-    partial = folder / f".{path.name}.partial"
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, frames=window.frames, history=window.history)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); free some space and continue with --resume") from error
+    """Keeps a window. MediaError where there is no room for it; those before it stay."""
+    with files.whole(folder / f"{window.number:06d}.npz", advice="free some space and continue with --resume") as partial, partial.open("wb") as file:
+        np.savez(file, frames=window.frames, history=window.history)
 
 
 def last(folder: pathlib.Path) -> Window | None:

@@ -10,7 +10,7 @@ import skimage.data
 
 from svdp_jax import cli
 from svdp_jax.config import ConfigError
-from svdp_jax.data import augment, clips, detectors, faces, liveportrait, pairs, synthetic, video
+from svdp_jax.data import augment, clips, detectors, faces, liveportrait, pairs, parts, synthetic, video
 
 FRAMES, SIZE = 10, 128
 
@@ -150,11 +150,11 @@ def test_a_run_goes_on_where_it_was_cut_off(make, monkeypatch):
 
 
 def test_a_broken_liveportrait_ends_the_run_and_burns_no_clip(make, checkout, monkeypatch):
-    monkeypatch.setattr(pairs, "PATIENCE", 2)
+    monkeypatch.setattr(parts, "PATIENCE", 2)
     script = (checkout / "inference.py").read_text()
     (checkout / "inference.py").write_text("raise SystemExit('no module named torch')")
     try:
-        with pytest.raises(ConfigError, match="made no driver for 2 clips in a row, and said: .*no module named torch; mend that and run this again"):
+        with pytest.raises(ConfigError, match="2 failed in a row .train/target, train/green., .*: LivePortrait ended .*no module named torch; mend that"):
             make(train=["target", "green", "blue"])
     finally:
         (checkout / "inference.py").write_text(script)

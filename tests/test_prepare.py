@@ -218,6 +218,26 @@ def test_all_clips_have_one_kind_of_landmarks(tmp_path):
     assert "c.npz: 478 per face, and all clips must have 68" in note
 
 
+@pytest.mark.filterwarnings("ignore:no landmarker given")
+def test_landmarks_that_may_be_of_something_else_are_told(tmp_path):
+    long = write(tmp_path / "videos" / "long.mp4", [(0, 30)])
+    write(tmp_path / "videos" / "trimmed.mp4", [(1, 20)])
+    shutil.copy(long.with_suffix(".npz"), tmp_path / "videos" / "trimmed.npz")
+    shutil.copy(long, tmp_path / "videos" / "long.MOV")
+    write(tmp_path / "videos" / "good.mp4", [(2, 20)])
+    run(tmp_path / "clips", tmp_path / "videos")
+    notes = {row["name"]: row["note"] for row in rows(tmp_path / "clips")}
+    assert "trimmed.npz: of 30 frames, and the video has 20" in notes["trimmed.mp4#000000"] and not notes["good.mp4#000000"]
+    assert "long.npz: of long.MOV or of long.mp4? give the videos different names" in notes["long.mp4"] == notes["long.MOV"]
+
+
+def test_waste_bins_are_not_searched(tmp_path):
+    for path in (".Trash-1000/files/x.mp4", "$RECYCLE.BIN/y.mp4", "@eaDir/z.mp4", "deep/er/a.mp4"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+    assert list(prepare.find_videos([tmp_path])) == ["deep/er/a.mp4"]
+
+
 def test_names_of_videos_in_several_folders_differ(tmp_path):
     for path in ("a/x.mp4", "b/x.mp4", "b/c/x.mkv"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -251,12 +271,43 @@ def test_clips_become_pairs_that_a_loader_reads(straight, tmp_path):
 
 # --------------------------------------------------------------------------------------------------------- killed and resumed
 
+# What a video can do to a decoder: it ends the process that reads crash.mp4, and never comes back from hang.mp4.
+DECODER = """
+import os, time
+import av
+from svdp_jax.data import workers
+
+def read(file, *arguments, **options):
+    match os.path.basename(str(file)):
+        case "crash.mp4":
+            os.abort()
+        case "hang.mp4":
+            time.sleep(600)
+    return opened(file, *arguments, **options)
+
+opened, av.open, workers.HANGS = av.open, read, 3
+"""
+
+
+def test_videos_that_crash_or_hang_their_decoder_stop_nothing(tmp_path):
+    for name in "crash", "good", "hang", "other":
+        write(tmp_path / "videos" / f"{name}.mp4", [(len(name), 20)])
+    (tmp_path / "patches").mkdir()
+    (tmp_path / "patches" / "sitecustomize.py").write_text(DECODER)
+    said = ended(start(tmp_path / "videos", tmp_path / "clips", patches=tmp_path / "patches"))
+    assert [(row["name"], row["dropped"]) for row in rows(tmp_path / "clips")] == [
+        ("crash.mp4", "cannot be read"), ("good.mp4#000000", ""), ("hang.mp4", "cannot be read"), ("other.mp4#000000", "")
+    ]  # fmt: skip
+    assert {row["note"] for row in rows(tmp_path / "clips") if row["dropped"]} == {"its process died or hung, twice"}
+    assert "100%" in said and "4 pieces" in said and "2 clips kept, 2 dropped" in said and "<00:00" in said, "a progress bar with the time left"
+
+
 
 COMMAND = [sys.executable, "-m", "svdp_jax.data.prepare", "--size", str(SIZE), *RULES, "--workers", "2"]
 
 
-def start(videos, output, *flags):
-    variables = os.environ | {"PYTHONPATH": str(ROOT), "SVDP_FACE_LANDMARKER": ""}
+def start(videos, output, *flags, patches=""):
+    variables = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{patches}", "SVDP_FACE_LANDMARKER": ""}
     command = [*COMMAND, "--input", videos, "--output", output, *flags]
     return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

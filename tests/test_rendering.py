@@ -3,6 +3,7 @@ import pytest
 
 from svdp_jax import rendering
 from svdp_jax.config import ConfigError
+from svdp_jax.data import files
 from svdp_jax.pipeline import Window
 
 
@@ -50,7 +51,7 @@ def test_a_full_disk_is_said_and_leaves_no_half_window(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(rendering.os, "fsync", full)
-    with pytest.raises(ConfigError, match="000001.npz: cannot be written .No space left on device.; free some space and continue with --resume"):
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(files.MediaError, match="000001.npz: cannot be written .* No space left on device.; .* free some space and continue with --resume"):
         rendering.save(tmp_path / "a", window(1))
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["000000.npz", rendering.SETTINGS]

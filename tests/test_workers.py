@@ -24,8 +24,10 @@ def dies_at_three(number):
 
 
 def hangs_at_one(number):
-    with workers.time_limit(1 if number == 1 else 60):
-        time.sleep(60 if number == 1 else 0)
+    with workers.watchdog(1) as alive:
+        for _ in range(4):
+            time.sleep(60 if number == 1 else 0.4)  # longer than a second in all, and alive
+            alive()
     return number
 
 
@@ -67,6 +69,21 @@ def test_what_dies_once_is_tried_again_and_costs_the_others_nothing(tmp_path):
     jobs = [str(tmp_path / str(number)) for number in range(4)]
     results = dict(workers.in_processes(dies_the_first_time, jobs, workers=2))
     assert results == {job: 2 if job.endswith("2") else 1 for job in jobs}, "how often each was begun"
+
+
+def starts_a_program_and_dies(path):
+    program = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    with open(path, "a") as log:
+        log.write(f"{program.pid} ")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_process_has_started_does_not_outlive_it(tmp_path):
+    path = str(tmp_path / "programs")
+    assert list(workers.in_processes(starts_a_program_and_dies, [path], workers=1)) == [(path, workers.DIED)]
+    started = list(map(int, pathlib.Path(path).read_text().split()))
+    assert len(started) == 2
+    wait_for(lambda: not any(map(alive, started)), seconds=10)
 
 
 def test_an_exception_is_raised_here():

@@ -16,7 +16,6 @@ import hashlib
 import os
 import pathlib
 import re
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -29,7 +28,7 @@ from jaxtyping import Float, UInt8
 from tensorflow_datasets.core import example_serializer
 
 from svdp_jax.config import ConfigError
-from svdp_jax.data import video
+from svdp_jax.data import files, video
 
 NAME = "clips"
 CRF = 10  # visually lossless: the model should not learn the marks of a codec
@@ -111,36 +110,25 @@ def write_clips(clips: Iterable[Clip], directory: str | os.PathLike, *, split: s
     return path
 
 
-def write_records(records: Iterable[bytes], path: pathlib.Path) -> None:
-    """An ArrayRecord file, which appears only when it is whole; its folder is made. MediaError where it cannot be written."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    writer = None
-    try:
-        with _writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+def write_records(records: Iterable[bytes], path: pathlib.Path, *, replace: bool = True) -> None:
+    """An ArrayRecord file, which appears only when it is whole, and its folder; `replace=False` leaves one that is there by then. MediaError where it cannot be written."""
+    with files.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with files.whole(path, replace=replace) as partial:
+        writing = lambda: files.writing(path, RuntimeError)  # of ArrayRecord
+        with writing():
             # Records are read one by one, in any order; mp4 would not shrink any further.
             writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
-        for record in records:
-            with _writing(path):
-                writer.write(record)
-        with _writing(path):
-            writer.close()
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.rename(path)
-    finally:
-        if writer is not None and writer.is_open():
-            with contextlib.suppress(RuntimeError):
+        try:
+            for record in records:
+                with writing():
+                    writer.write(record)
+            with writing():
                 writer.close()
-        partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # of ArrayRecord
-        raise video.MediaError(f"{path}: cannot be written ({_first_line(error)}); is the disk full? then free some space and run the command again") from error
+        finally:
+            if writer.is_open():
+                with contextlib.suppress(RuntimeError):
+                    writer.close()
 
 
 def serialize(clip: Clip, *, target: bytes | None = None) -> bytes:
@@ -192,13 +180,14 @@ def finish(directory: str | os.PathLike) -> dict[str, int]:
         size = sum(path.stat().st_size for path in paths)
         template = tfds.core.ShardedFileTemplate(dataset_name=NAME, data_dir=directory, split=split, filetype_suffix="array_record")
         splits.append(tfds.core.SplitInfo(name=split, shard_lengths=shard_lengths, num_bytes=size, filename_template=template))
-    tfds.folder_dataset.write_metadata(
-        data_dir=directory,
-        features=FEATURES,
-        split_infos=splits,
-        filename_template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-        check_data=False,  # the check reads through TensorFlow
-    )
+    with files.writing(directory / "dataset_info.json"):
+        tfds.folder_dataset.write_metadata(
+            data_dir=directory,
+            features=FEATURES,
+            split_infos=splits,
+            filename_template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+            check_data=False,  # the check reads through TensorFlow
+        )
     return lengths
 
 
@@ -285,7 +274,7 @@ def _builder(directory: pathlib.Path) -> tfds.core.DatasetBuilder:
     try:
         builder = tfds.builder_from_directory(directory)
     except Exception as error:  # tfds has no common type for what can be wrong with two JSON files
-        raise ConfigError(f"data {directory} has unreadable metadata ({_first_line(error)}); {MAKE.format(directory)}") from error
+        raise ConfigError(f"data {directory} has unreadable metadata ({files.one_line(error)}); {MAKE.format(directory)}") from error
     if set(builder.info.features) != set(FEATURES):
         fields = sorted(builder.info.features)
         raise ConfigError(f"data {directory} has the fields {fields}, not {sorted(FEATURES)}; {MAKE.format(directory)}")
@@ -319,7 +308,3 @@ def _records(path: str | os.PathLike) -> int:
 
 def _short(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

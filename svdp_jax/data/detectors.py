@@ -42,9 +42,9 @@ def landmarker_for_any(landmarker: str | os.PathLike | None) -> str | None:
     return given or None
 
 
-def make_detector(landmarker: str | os.PathLike | None) -> Detector:
+def make_detector(landmarker: str | os.PathLike | None, *, frames: int | None = None) -> Detector:
     """The detector for `landmarker`, or else for the environment's SVDP_FACE_LANDMARKER: a .task file (MediaPipe), a .npz file
-    (landmarks of each frame in turn); without either, the cascade."""
+    (landmarks of each frame in turn, of a video of so many `frames`); without either, the cascade."""
     landmarker = landmarker or os.environ.get("SVDP_FACE_LANDMARKER")
     if not landmarker:
         return cascade_detector()
@@ -52,7 +52,7 @@ def make_detector(landmarker: str | os.PathLike | None) -> Detector:
         case ".task":
             return mediapipe_detector(landmarker)
         case ".npz":
-            return precomputed_detector(read_landmarks(landmarker))
+            return precomputed_detector(read_landmarks(landmarker, frames=frames))
     raise MediaError(f"landmarker {landmarker}: must be a MediaPipe .task file or a .npz file of landmarks")
 
 
@@ -160,8 +160,10 @@ def average_face() -> Float32[np.ndarray, "68 2"]:
     return np.concatenate(points).astype(np.float32)
 
 
-def read_landmarks(path: str | os.PathLike) -> Float32[np.ndarray, "N K 2"]:
-    """The array `landmarks` of a .npz file; a frame without a face is all NaN. MediaError unless it is of a shape that is known."""
+def read_landmarks(path: str | os.PathLike, *, frames: int | None = None) -> Float32[np.ndarray, "N K 2"]:
+    """The array `landmarks` of a .npz file; a frame without a face is all NaN. MediaError unless it is of a shape that is known.
+
+    `frames`: how many the video has that they are of, where that is known. More landmarks than that are a warning."""
     try:
         with np.load(path) as file:
             landmarks = file["landmarks"].astype(np.float32)
@@ -175,6 +177,9 @@ def read_landmarks(path: str | os.PathLike) -> Float32[np.ndarray, "N K 2"]:
         )
     if landmarks.shape[1] not in COUNTS:
         raise MediaError(f"landmarks {path}: {landmarks.shape[1]} landmarks per face; give {COUNTS[0]} (iBUG) or {COUNTS[1]} (MediaPipe)")
+    if frames is not None and len(landmarks) > frames:
+        where = "if it was cut off at its end, those of its frames are used; if at its beginning, they are of other frames"
+        warnings.warn(f"landmarks {path}: of {len(landmarks)} frames, and the video has {frames}; {where}", stacklevel=2)
     return landmarks
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from jaxtyping import UInt8
 
-from svdp_jax.data.errors import MediaError, one_line
+from svdp_jax.data.files import MediaError, one_line
 from svdp_jax.data.streams import READ_ERRORS, moving
 from svdp_jax.data.timing import declared_end
 

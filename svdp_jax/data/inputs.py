@@ -18,7 +18,7 @@ from jaxtyping import Float32, UInt8
 from tqdm import tqdm
 
 from svdp_jax.config import DataConfig
-from svdp_jax.data import detectors, faces, video
+from svdp_jax.data import detectors, faces, files, video
 
 
 class Inputs(NamedTuple):
@@ -63,7 +63,7 @@ def prepare(
     frames = itertools.islice(video.read_frames(driving), max_frames)
     total = min(filter(None, (info.frames, max_frames)), default=None)
     with tqdm(frames, total=total, unit="frame", desc="faces", delay=2, dynamic_ncols=True) as seen:
-        landmarks = faces.track(iter(seen), _detector(driving, landmarker), face=driving_face, fps=info.fps, name=str(driving))
+        landmarks = faces.track(iter(seen), _detector(driving, landmarker, frames=info.frames), face=driving_face, fps=info.fps, name=str(driving))
     if align:
         driver_crop = faces.driving_crop(landmarks, scale=data.face_scale, within=(info.width, info.height))
         crop = faces.source_crop(found, landmarks, driver_crop)
@@ -76,12 +76,8 @@ def prepare(
 def save(inputs: Inputs, path: pathlib.Path) -> None:
     """Keeps what took time to find: `load` needs no detector. The file is whole or not there."""
     found = {} if inputs.source_landmarks is None else {"source_landmarks": inputs.source_landmarks}
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    with files.whole(path) as partial, partial.open("wb") as file:
         np.savez(file, crop=inputs.crop, driver_crop=inputs.driver_crop, landmarks=inputs.landmarks, **found)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
 
 
 def load(path: pathlib.Path, source: pathlib.Path, driving: pathlib.Path, data: DataConfig) -> Inputs:
@@ -119,6 +115,6 @@ def _source_detector(path: pathlib.Path, landmarker: pathlib.Path | None) -> det
     return _detector(path, landmarker)
 
 
-def _detector(path: pathlib.Path, landmarker: pathlib.Path | None) -> detectors.Detector:
+def _detector(path: pathlib.Path, landmarker: pathlib.Path | None, *, frames: int | None = None) -> detectors.Detector:
     beside = path.with_suffix(".npz")
-    return detectors.make_detector(beside if beside.is_file() else landmarker)
+    return detectors.make_detector(beside if beside.is_file() else landmarker, frames=frames)

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from svdp_jax.config import ConfigError
-from svdp_jax.data import clips, faces, video
+from svdp_jax.data import clips, faces, files, video
 
 FLAGS = ("--no_flag_relative_motion", "--no_flag_do_crop", "--no_flag_pasteback", "--no_flag_stitching", "--no_flag_crop_driving_video")
 SECONDS = 1800  # that one run may take
@@ -46,14 +46,14 @@ def animate(
 ) -> tuple[UInt8[np.ndarray, "N H W 3"], pathlib.Path]:
     """The person of `picture` in the motion of `clip.target`, at the clip's size, and the file they were read from. Failed if there is none such."""
     frames, size, folder = clip.target, clip.target.shape[1], folder.absolute()  # LivePortrait runs in its own
-    iio.imwrite(folder / "face.png", picture)
+    with files.writing(folder):
+        iio.imwrite(folder / "face.png", picture)
     video.write_video(folder / "motion.mp4", frames, fps=Fraction(clip.fps).limit_denominator(1001), metadata={}, crf=clips.CRF)
     output = folder / "made"
     command = [python, "inference.py", "-s", folder / "face.png", "-d", folder / "motion.mp4", "-o", output, *FLAGS]
     try:
-        done = subprocess.run(
-            list(map(str, command)), cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=SECONDS
-        )
+        piped = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}  # in the background nobody answers
+        done = subprocess.run(list(map(str, command)), cwd=checkout, text=True, errors="replace", timeout=SECONDS, **piped)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Failed(f"LivePortrait did not run: {error}") from error
     made = output / "face--motion.mp4"

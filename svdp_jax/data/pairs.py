@@ -32,7 +32,6 @@ from svdp_jax.config import ConfigError
 from svdp_jax.data import augment, clips, detectors, faces, liveportrait, parts, report, video
 
 NO_DRIVER = "no driver made"
-PATIENCE = 5  # clips in a row without a driver, until it is LivePortrait that is mended
 DRAWS = 200  # clips among which other people are looked for
 
 
@@ -98,7 +97,7 @@ def main(flags: Flags) -> None:
     title = f"{flags.output.resolve().name}: pairs of {len(pieces)} clips"
     by_split = {split: [number for number, piece in enumerate(pieces) if piece.startswith(f"{split}/")] for split in stored}
     with cli.interrupted("the same command continues"):
-        parts.work_through(work, jobs, _pair, share=share, processes=processes, sizes=[1] * len(pieces), unit="clip", watch=_Patience(work.folder))
+        parts.work_through(work, jobs, _pair, share=share, processes=processes, sizes=[1] * len(pieces), unit="clip")
         made = parts.finish(work, share=share, title=title, what="clips", splits=lambda: by_split)
     if made:
         lengths, rows = made
@@ -122,24 +121,6 @@ def _check_first(data: pathlib.Path, stored: dict[str, clips.Clips]) -> None:
                 raise ConfigError(f"--input {data}: its clips have drivers already; give a data set of `data.prepare`")
 
 
-class _Patience:
-    """Ends a run in which LivePortrait makes nothing for PATIENCE clips in a row: then it is LivePortrait, and not the clips, which are taken up again."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.folder = folder
-        self.failed: list[int] = []
-
-    def __call__(self, job: parts.Job, rows: list[report.Row]) -> None:
-        if rows[0]["dropped"] != NO_DRIVER:
-            self.failed.clear()
-            return
-        self.failed.append(job.number)
-        if len(self.failed) == PATIENCE:
-            for number in self.failed:
-                parts.part_path(self.folder, number).unlink(missing_ok=True)
-            raise ConfigError(f"LivePortrait made no driver for {PATIENCE} clips in a row, and said: {rows[0]['note']}; mend that and run this again")
-
-
 # ----------------------------------------------------------------------------------------------------------- of one clip
 
 
@@ -157,9 +138,10 @@ _landmarker = functools.cache(detectors.make_detector)  # one in each process
 _open = functools.cache(clips.open_clips)
 
 
-def _pair(job: _Job) -> list[report.Row]:
-    """Writes the part of one clip and returns its rows."""
-    return parts.write_part(job.folder, job.number, [_row_and_record(job)])
+def _pair(job: _Job) -> list[report.Row] | parts.Failure:
+    """Writes the part of one clip and returns its rows; where LivePortrait has made nothing, it may be LivePortrait that is broken."""
+    row, record = _row_and_record(job)
+    return parts.Failure(row) if row["dropped"] == NO_DRIVER else parts.write_part(job.folder, job.number, [(row, record)])
 
 
 def _row_and_record(job: _Job) -> tuple[report.Row, bytes | None]:
@@ -216,7 +198,7 @@ def _drive(clip: clips.Clip, other: clips.Clip, job: _Job) -> tuple[np.ndarray, 
     """Frames and landmarks of the other person in the clip's motion. Failed where there is none, or no face to be found in it."""
     flags = job.flags
     job.folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=job.folder) as folder:  # which goes with the parts, if this process is killed
+    with tempfile.TemporaryDirectory(dir=job.folder, ignore_cleanup_errors=True) as folder:  # which goes with the parts, if this process is killed
         try:
             picture = liveportrait.pose_like(other, clip.target_landmarks, size=clip.target.shape[1])
             driver, made = liveportrait.animate(picture, clip, checkout=flags.liveportrait, python=flags.python, folder=pathlib.Path(folder))

@@ -13,12 +13,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import glob
 import hashlib
 import os
 import pathlib
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Annotated, NamedTuple
 
@@ -80,7 +81,7 @@ def main(flags: Flags) -> None:
     points = landmarks_per_face(landmarker, videos.values())
     settings = {"size": flags.size, "fps": flags.fps, "face_scale": flags.face_scale, "validation": flags.validation}
     settings |= {f"rules.{name}": value for name, value in dataclasses.asdict(flags.rules).items()}
-    settings["landmarker"] = pathlib.Path(landmarker).name if landmarker else None
+    settings |= {"landmarker": pathlib.Path(landmarker).name if landmarker else None, "points": points}
     work = parts.Parts(flags.output, "prepare", settings, list(videos))
     if work.finished():
         print(f"{flags.output} is complete: see {flags.output / 'report.html'}")
@@ -124,12 +125,14 @@ def find_videos(folders: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
 def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """All files below, through links too, each folder once, if it can be by its own name."""
     seen = set()
-    for place, subfolders, names in os.walk(folder, followlinks=True):
+    unreadable = lambda error: warnings.warn(f"{error.filename}: cannot be looked into ({error.strerror}); what is in there is left out", stacklevel=1)
+    for place, subfolders, names in os.walk(folder, followlinks=True, onerror=unreadable):
         real = os.path.realpath(place)
         if real in seen:
             subfolders.clear()
             continue
         seen.add(real)
+        subfolders[:] = [name for name in subfolders if not name.startswith((".", "$", "@"))]  # waste bins, and what systems keep for themselves
         subfolders.sort(key=lambda name: (os.path.islink(os.path.join(place, name)), name))
         yield from (pathlib.Path(place, name) for name in sorted(names))
 
@@ -172,46 +175,63 @@ class _Job(NamedTuple):
     flags: Flags
 
 
-def _prepare_video(job: _Job) -> list[report.Row]:
+class _Unusual(Exception):
+    """What reading a video has raised that may be no fault of the video."""
+
+
+def _prepare_video(job: _Job) -> list[report.Row] | parts.Failure:
     """Writes the part of one video and returns its rows."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default")
-        return parts.write_part(job.folder, job.number, _rows_and_records(job, said))
+        try:
+            return parts.write_part(job.folder, job.number, _rows_and_records(job, said))
+        except _Unusual as error:
+            return parts.Failure(_row(job.name, "cannot be read", note=str(error)))
 
 
 def _rows_and_records(job: _Job, said: list[warnings.WarningMessage]) -> Iterator[tuple[report.Row, bytes | None]]:
     rate = Fraction(job.flags.fps).limit_denominator(1001)
     try:
-        with workers.time_limit(3600):
+        with workers.watchdog() as alive:
             info = video.probe(job.path)
-        seconds = float(info.frames / info.fps) if info.frames else 3600
-        with workers.time_limit(300 + 30 * seconds):
-            frames = lambda: video.at_rate(video.read_frames(job.path), fps=info.fps, rate=rate)
-            found = list(shots.candidates(frames(), _detector(job, info.fps, rate), job.flags.rules))
+            frames = lambda: video.at_rate(_telling(video.read_frames(job.path), alive), fps=info.fps, rate=rate)
+            found = list(shots.candidates(frames(), _detector(job, info, rate), job.flags.rules))
             notes = "; ".join(dict.fromkeys(str(warning.message) for warning in said if str(warning.message) != detectors.NO_LANDMARKER))
             crops = [_crop(candidate, info, job.flags) for candidate in found]
             for candidate, crop, pictures in _with_pictures(found, crops, frames(), job.flags.size):
                 yield _row_and_record(job, candidate, crop, pictures, rate, note=notes if candidate is found[0] else "")
         if not found:
             yield _row(job.name, "too short", note=notes), None
+    except video.MediaError as error:
+        if not job.path.exists():
+            raise _Unusual(str(error)) from error
+        yield _row(job.name, "cannot be read", note=str(error)), None
     except Exception as error:  # whatever a file can do to a library, the others are not to wait
-        kind = "" if isinstance(error, video.MediaError) else f"{type(error).__name__}: "
-        yield _row(job.name, "cannot be read", note=f"{kind}{error}"), None
+        raise _Unusual(f"{type(error).__name__}: {error}") from error
+
+
+def _telling(frames: Iterator[np.ndarray], alive: Callable[[], None]) -> Iterator[np.ndarray]:
+    for frame in frames:
+        alive()
+        yield frame
 
 
 _landmarker = functools.cache(detectors.make_detector)  # one in each process
 
 
-def _detector(job: _Job, fps: Fraction, rate: Fraction) -> detectors.Detector:
+def _detector(job: _Job, info: video.VideoInfo, rate: Fraction) -> detectors.Detector:
     """For the frames of the video as they are seen at `rate`."""
     beside = job.path.with_suffix(".npz")
     if beside.is_file():
-        landmarks = detectors.read_landmarks(beside)
+        owners = [path.name for path in job.path.parent.glob(f"{glob.escape(job.path.stem)}.*") if path.suffix.lower() in ENDINGS]
+        if len(owners) > 1:
+            raise video.MediaError(f"landmarks {beside}: of {' or of '.join(sorted(owners))}? give the videos different names")
+        landmarks = detectors.read_landmarks(beside, frames=info.frames)
         if landmarks.shape[1] != job.points:
             raise video.MediaError(
                 f"landmarks {beside}: {landmarks.shape[1]} per face, and all clips must have {job.points}, as the landmarker or the first .npz"
             )
-        return detectors.precomputed_detector(np.stack(list(video.at_rate(landmarks, fps=fps, rate=rate))))
+        return detectors.precomputed_detector(np.stack(list(video.at_rate(landmarks, fps=info.fps, rate=rate))))
     if not job.landmarker and job.points != detectors.COUNTS[0]:
         raise video.MediaError(f"{job.path}: has no {beside.name} beside it, as others have, and there is no --landmarker")
     return _landmarker(job.landmarker)

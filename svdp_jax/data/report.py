@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import base64
 import collections
-import contextlib
 import csv
 import html
 import pathlib
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 from jaxtyping import UInt8
+
+from svdp_jax.data import files
 
 Row = dict[str, Any]
 
@@ -70,32 +70,22 @@ def summary(rows: Iterable[Row]) -> dict[str, int]:
 def write(directory: pathlib.Path, rows: Iterable[Row], *, title: str) -> list[Row]:
     """Writes report.csv, report.html and report/. A report that is there is replaced. Returns the rows, their thumbnails as paths."""
     pictures, written = directory / "report", []
-    pictures.mkdir(parents=True, exist_ok=True)
-    for number, row in enumerate(rows):
-        picture = ""
-        if row["thumbnail"]:
-            picture = f"{pictures.name}/{number:06d}.jpg"
-            (directory / picture).write_bytes(base64.b64decode(row["thumbnail"]))
-        written.append(row | {"thumbnail": picture})  # not the picture itself: there may be tens of thousands
+    with files.writing(pictures):
+        pictures.mkdir(parents=True, exist_ok=True)
+        for number, row in enumerate(rows):
+            picture = ""
+            if row["thumbnail"]:
+                picture = f"{pictures.name}/{number:06d}.jpg"
+                (directory / picture).write_bytes(base64.b64decode(row["thumbnail"]))
+            written.append(row | {"thumbnail": picture})  # not the picture itself: there may be tens of thousands
     columns = list(dict.fromkeys(name for row in written for name in row if name != "thumbnail"))
-    with _whole(directory / "report.csv") as partial, partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    with files.whole(directory / "report.csv") as partial, partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", restval="")
         writer.writeheader()
         writer.writerows(written)
-    with _whole(directory / "report.html") as partial:
+    with files.whole(directory / "report.html") as partial:
         partial.write_text(_page(written, columns, title=title), encoding="utf-8", errors="backslashreplace")
     return written
-
-
-@contextlib.contextmanager
-def _whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path to write to, which becomes `path` when that is done."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _page(rows: Sequence[Row], columns: Sequence[str], *, title: str) -> str:

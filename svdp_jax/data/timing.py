@@ -17,7 +17,7 @@ import av
 import numpy as np
 
 from svdp_jax.data import stills
-from svdp_jax.data.errors import MediaError
+from svdp_jax.data.files import MediaError
 from svdp_jax.data.streams import READ_ERRORS, moving, open_video
 
 STILL_FPS = Fraction(25)  # of a still image, taken as a video of one frame

@@ -16,61 +16,89 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import cv2
 
 Job = TypeVar("Job")
 
 DIED = object()
+HANGS = 300  # seconds without a sign of life
+
+
+class _Worker(NamedTuple):
+    """A process of its own for one input at a time, so that a death concerns that input alone."""
+
+    pool: concurrent.futures.ProcessPoolExecutor
+    process: multiprocessing.process.BaseProcess
+
+    def end(self) -> None:
+        """Ends the process and all that it has started, which may live on where it has died."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()  # it may not have had the time to begin a group
+        self.pool.shutdown(cancel_futures=True)
 
 
 def in_processes(function: Callable[[Job], Any], jobs: Iterable[Job], *, workers: int) -> Iterator[tuple[Job, Any]]:
-    """Results of `function` in the order in which they are ready. An input whose process dies is tried once more. An exception of
-    `function` is raised here. Closing the iterator ends the processes, and those that they have started."""
+    """Results of `function` in the order in which they are ready. An input whose process dies is tried once more, when the others have been.
+    An exception of `function` is raised here. Closing the iterator ends the processes, and those that they have started."""
     waiting = collections.deque(enumerate(jobs))
-    running: dict[concurrent.futures.Future, tuple[int, Job, concurrent.futures.ProcessPoolExecutor]] = {}
-    idle: list[concurrent.futures.ProcessPoolExecutor] = []  # of one process each, so that a death concerns its own input alone
+    running: dict[concurrent.futures.Future, tuple[int, Job, _Worker]] = {}
+    idle: list[_Worker] = []
     died: set[int] = set()
-    before = set(multiprocessing.active_children())
     try:
         while waiting or running:
             while waiting and len(running) < workers:
-                pool = idle.pop() if idle else concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)
-                try:
-                    running[pool.submit(function, waiting[0][1])] = (*waiting[0], pool)
-                    waiting.popleft()
-                except BrokenProcessPool:  # died while it had nothing to do
-                    pool.shutdown()
+                future, worker = _submit(idle.pop() if idle else None, function, waiting[0][1])
+                if future:
+                    running[future] = (*waiting.popleft(), worker)
             for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
-                number, job, pool = running.pop(future)
+                number, job, worker = running.pop(future)
                 try:
                     result = future.result()
-                    idle.append(pool)
+                    idle.append(worker)
                 except BrokenProcessPool:
-                    pool.shutdown()
+                    worker.end()
                     if number not in died:
                         died.add(number)
-                        waiting.appendleft((number, job))
+                        waiting.append((number, job))
                         continue
                     result = DIED
                 yield job, result
     finally:
-        for child in set(multiprocessing.active_children()) - before if running else ():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.kill()
-        for pool in [*idle, *(pool for _, _, pool in running.values())]:
-            pool.shutdown(cancel_futures=True)
+        for _, _, worker in running.values():
+            worker.end()
+        for worker in idle:
+            worker.pool.shutdown()
+
+
+def _submit(worker: _Worker | None, function: Callable[[Job], Any], job: Job) -> tuple[concurrent.futures.Future | None, _Worker]:
+    """Gives a job to an idle worker, or to a new one. No future where that has died with nothing to do."""
+    if worker:
+        try:
+            return worker.pool.submit(function, job), worker
+        except BrokenProcessPool:
+            worker.end()
+            return None, worker
+    before = set(multiprocessing.active_children())
+    pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)
+    future = pool.submit(function, job)  # which starts the process
+    (process,) = set(multiprocessing.active_children()) - before
+    return future, _Worker(pool, process)
 
 
 @contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Ends this process if what is inside takes longer, even where it hangs in native code."""
+def watchdog(seconds: float | None = None) -> Iterator[Callable[[], None]]:
+    """Ends this process, even where it hangs in native code, if for so long (HANGS) neither what it yields is called nor what is inside ends."""
     with open(os.devnull, "w") as nowhere:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
+
+        def alive() -> None:
+            faulthandler.dump_traceback_later(seconds or HANGS, exit=True, file=nowhere)
+
+        alive()
         try:
-            yield
+            yield alive
         finally:
             faulthandler.cancel_dump_traceback_later()
 

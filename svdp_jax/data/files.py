@@ -1,0 +1,64 @@
+"""Files: what is said, in one line, of one that cannot be used, and how one appears only when it is whole.
+
+Below everything else that reads or writes files, so that all can use it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import uuid
+from collections.abc import Iterator
+
+FREE = "free some space and run the command again"
+
+
+class MediaError(ValueError):
+    """A file that cannot be used. The message is one line: which file, what is wrong, what to do."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of another library's exception, to stand in one of ours; its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike, *others: type[Exception], advice: str = FREE) -> Iterator[None]:
+    """OSErrors (and the `others`, of a library that writes) become a MediaError that names `path` and says what to do."""
+    try:
+        yield
+    except (OSError, *others) as error:
+        raise MediaError(f"{path}: cannot be written ({one_line(error)}); is the disk full? then {advice}") from error
+
+
+@contextlib.contextmanager
+def whole(path: pathlib.Path, *, replace: bool = True, advice: str = FREE) -> Iterator[pathlib.Path]:
+    """A path to write to. When that is done it is on the disk and becomes `path`, at once; `replace=False` leaves one that is there by then.
+
+    MediaError where it cannot be written. What a process leaves that is killed meanwhile is called `.{name}.*.partial`.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with writing(path, advice=advice):
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            if replace:
+                partial.replace(path)
+            else:
+                _first(partial, path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _first(partial: pathlib.Path, path: pathlib.Path) -> None:
+    """`partial` under the name `path`, of several processes that do so at once the first one's."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        pass
+    except OSError:  # no hard links here
+        if not path.exists():
+            partial.rename(path)
