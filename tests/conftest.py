@@ -3,13 +3,22 @@
 import json
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
+import tempfile
+import warnings
+from fractions import Fraction
 
-# Most of a test's time is compilation, and what is compiled runs once: a quick compiler takes half as long.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for subprocesses, too
+# Most of a test's time is compilation, and what is compiled runs once: a quick compiler takes half as long, and all processes share what
+# they have compiled. Subprocesses, too.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="compiled-")  # for as long as the process that starts the others lives
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
 
-import jax  # noqa: E402
+import imageio.v3 as iio  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -20,14 +29,16 @@ from jaxtyping import install_import_hook  # noqa: E402
 # Shapes and types, as annotated, are checked at every call. Not in the config, which says itself what is wrong with a value,
 # nor in the loader, whose functions travel to worker processes, nor in sharding, where tests put other things for devices.
 TOP = ["checkpoint", "evaluation", "flow", "models", "pipeline", "rendering", "sampler", "train_state"]
-DATA = ["augment", "bundle", "clips", "detectors", "drawing", "encoding", "errors", "faces", "inputs", "liveportrait", "polygons", "preview", "report"]
+DATA = ["augment", "bundle", "clips", "detectors", "drawing", "encoding", "faces", "files", "inputs", "liveportrait", "polygons", "preview", "report"]
 DATA += ["shots", "stills", "streams", "synthetic", "timing", "video"]
 install_import_hook([f"svdp_jax.{name}" for name in TOP] + [f"svdp_jax.data.{name}" for name in DATA], "typechecker.check")
 
 import sd35  # noqa: E402
 
-from svdp_jax.data import clips, synthetic  # noqa: E402
+from svdp_jax.data import clips, detectors, synthetic, video  # noqa: E402
 
+FRAMES, FPS = 6, Fraction(30000, 1001)  # of the driving video: two windows of 4, the second not full
+LONG = ["test_transformer", "test_sample_cli", "test_train_state", "test_learning", "test_train_cli", "test_sampler", "test_convert_live", "test_convert"]
 CHEAP = ["--sample.steps", "2", "--sample.guidance", "1", "1", "1"]  # one pass per step: less to compile
 
 
@@ -43,12 +54,9 @@ def dataset(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def train_tiny(dataset, tmp_path_factory):
-    """Calls train.py in this process: train_tiny(workdir, *flags). What one call has compiled, the next one finds."""
+def train_tiny(dataset):
+    """Calls train.py in this process: train_tiny(workdir, *flags)."""
     import train
-
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
     def call(workdir: pathlib.Path, *flags: str) -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -56,8 +64,7 @@ def train_tiny(dataset, tmp_path_factory):
             patch.setattr(sys, "argv", ["train.py", *given, *CHEAP, *flags])
             train.main(*train.parse())
 
-    yield call
-    jax.config.update("jax_compilation_cache_dir", None)
+    return call
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +73,35 @@ def workdir(train_tiny, tmp_path_factory) -> pathlib.Path:
     directory = tmp_path_factory.mktemp("runs") / "straight"
     train_tiny(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def media(tmp_path_factory):
+    """portrait.png and motion.mp4, each with its landmarks."""
+    folder = tmp_path_factory.mktemp("media")
+    clip = synthetic.pair("validation", 1, frames=FRAMES, size=48)
+    iio.imwrite(folder / "portrait.png", clip.target[0])
+    detectors.write_landmarks(folder / "portrait.npz", clip.target_landmarks[:1])
+    video.write_video(folder / "motion.mp4", clip.driver, fps=FPS, metadata={})
+    detectors.write_landmarks(folder / "motion.npz", clip.driver_landmarks)
+    return folder
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Runs a script as `python NAME FLAGS` would: (exit status, output, errors)."""
+
+    def call(name, *flags):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+        status = 0
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +114,14 @@ def sd35_file(tmp_path_factory) -> pathlib.Path:
 def sd35_folder(sd35_file) -> pathlib.Path:
     """The same model as a diffusers folder."""
     return sd35.write_folder(sd35_file.parent / "folder", sd35_file)
+
+
+@pytest.fixture
+def strict():
+    """No warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
 
 
 @pytest.fixture
@@ -105,7 +149,10 @@ def eight_devices(tmp_path_factory) -> dict:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """What needs eight devices is slow: on two cores, eight virtual devices compile and run for minutes."""
+    """What needs eight devices is slow: on two cores, eight virtual devices compile and run for minutes.
+
+    Files that take minutes come first, so that processes end at about the same time."""
     for item in items:
         if "eight_devices" in item.fixturenames:
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))

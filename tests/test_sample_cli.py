@@ -1,0 +1,271 @@
+"""sample.py as a user calls it: the video and what lies beside it, going on after a crash, and one line for a mistake."""
+
+import json
+import shutil
+
+import av
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from conftest import FPS, FRAMES
+
+from convert_weights.convert import convert
+from svdp_jax import checkpoint, rendering
+from svdp_jax.data import inputs, video
+
+
+@pytest.fixture
+def sample(script, media, workdir):
+    """sample.py on the pair and the trained run; a flag given again counts."""
+
+    def call(output, *flags):
+        given = ["--source", media / "portrait.png", "--driving", media / "motion.mp4", "--checkpoint", workdir, "--output", output]
+        status, out, err = script("sample.py", *given, *flags)
+        assert status == 0, err
+        return out
+
+    return call
+
+
+def frames_of(path):
+    return np.stack(list(video.read_frames(path)))
+
+
+def test_sampling_writes_the_video_and_how_it_was_made(sample, workdir, tmp_path):
+    out = sample(tmp_path / "out")
+    names = ["portrait--motion.json", "portrait--motion.mp4", "portrait--motion_concat.mp4"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert all(name in out for name in names)
+    for name, size in (names[1], (48, 48)), (names[2], (3 * 256, 256)):
+        info = video.probe(tmp_path / "out" / name)
+        assert (info.frames, info.fps, info.width, info.height) == (FRAMES, FPS, *size)
+        with av.open(str(tmp_path / "out" / name)) as file:
+            assert "synthesised" in file.metadata["comment"]
+            assert checkpoint.fingerprint(workdir) in file.metadata["comment"]
+            assert not file.streams.audio  # the driver has none
+    record = json.loads((tmp_path / "out" / names[0]).read_text())
+    assert "synthesised" in record["note"]
+    assert record["checkpoint"] == checkpoint.fingerprint(workdir)
+    assert record["version"].startswith("svdp_jax ")
+    assert (record["seed"], record["frames"], record["fps"], record["steps"]) == (42, FRAMES, str(FPS), 2)
+
+
+def test_the_drivers_sound_is_in_both_videos(sample, media, tmp_path):
+    speech = tmp_path / "speech.mp4"
+    with av.open(str(speech), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        wave = np.sin(np.arange(16000) * 0.1).astype(np.float32)[None]
+        sound = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+        sound.sample_rate = 16000
+        container.mux(stream.encode(sound) + stream.encode())
+    driver = tmp_path / "talk.mp4"
+    video.write_video(driver, video.read_frames(media / "motion.mp4"), fps=FPS, metadata={}, audio_from=speech)
+    shutil.copy(media / "motion.npz", tmp_path / "talk.npz")
+    sample(tmp_path / "out", "--driving", driver)
+
+    def packets(path):
+        with av.open(str(path)) as container:
+            return [bytes(packet) for packet in container.demux(audio=0) if packet.dts is not None]
+
+    said = packets(driver)
+    assert len(said) > 2
+    for name in "portrait--talk.mp4", "portrait--talk_concat.mp4":
+        assert packets(tmp_path / "out" / name) == said
+
+
+def test_the_seed_makes_the_video_and_so_does_guidance(sample, tmp_path):
+    def result(name, *flags):
+        sample(tmp_path / name, "--no-concat", "--max-frames", "5", *flags)
+        assert not (tmp_path / name / "portrait--motion_concat.mp4").exists()
+        return frames_of(tmp_path / name / "portrait--motion.mp4")
+
+    first = result("first")
+    assert len(first) == 5
+    np.testing.assert_array_equal(first, result("again"))
+    assert (first != result("seed", "--seed", "7")).any()
+    # Eight steps of training leave little difference between the passes: a large weight makes it seen in 8 bits.
+    assert (first != result("guidance", "--guidance", "100", "1", "1")).any()
+
+
+def test_a_rendering_that_was_cut_off_goes_on_as_if_it_had_not_been(sample, script, media, workdir, monkeypatch, tmp_path):
+    sample(tmp_path / "straight")
+    save, given = rendering.save, ["-s", media / "portrait.png", "-d", media / "motion.mp4", "--checkpoint", workdir, "-o", tmp_path / "cut"]
+
+    def crash(folder, window):
+        if window.number == 1:
+            raise MemoryError("the machine is gone")
+        save(folder, window)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(rendering, "save", crash)
+        script("sample.py", *given)
+    kept = tmp_path / "cut" / ".portrait--motion.windows"
+    assert not (tmp_path / "cut" / "portrait--motion.mp4").exists() and rendering.windows_in(kept) == 1
+    for flags, said in (([], "continue it with --resume"), (["--resume", "--seed", "7"], "seed was 42, is 7")):
+        status, _, err = script("sample.py", *given, *flags)
+        assert status == 2 and said in err.splitlines()[-1]
+    (kept / ".000001.npz.partial").write_bytes(b"half a window")
+    with monkeypatch.context() as patch:
+        patch.setattr(inputs, "prepare", lambda *_, **__: pytest.fail("faces are looked for again"))
+        sample(tmp_path / "cut", "--resume")
+    np.testing.assert_array_equal(*(frames_of(tmp_path / name / "portrait--motion.mp4") for name in ("straight", "cut")))
+    assert not kept.exists()
+    assert json.loads((tmp_path / "cut" / "portrait--motion.json").read_text())["windows"] == {"rendered": 1, "resumed": 1}
+
+
+def test_a_video_that_could_not_be_written_costs_no_window(sample, script, media, workdir, monkeypatch, tmp_path):
+    given = ["-s", media / "portrait.png", "-d", media / "motion.mp4", "--checkpoint", workdir, "-o", tmp_path / "out"]
+
+    def full(*_, **__):
+        raise video.MediaError("out.mp4: cannot be written; is the disk full?")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(video, "write_video", full)
+        status, _, err = script("sample.py", *given)
+        assert status == 2 and "is the disk full?" in err
+    monkeypatch.setattr(checkpoint, "load_weights", lambda directory: pytest.fail("there is nothing left to render"))
+    sample(tmp_path / "out", "--resume")
+
+
+def test_resuming_nothing_begins(sample, tmp_path):
+    sample(tmp_path / "out", "--resume")
+    assert len(frames_of(tmp_path / "out" / "portrait--motion.mp4")) == FRAMES
+
+
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(script, media, workdir, monkeypatch, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rendering, "save", interrupt)
+    status, _, err = script("sample.py", "-s", media / "portrait.png", "-d", media / "motion.mp4", "--checkpoint", workdir, "-o", tmp_path / "out")
+    assert status == 130 and "interrupted; finished windows are kept" in err.splitlines()[-1] and "Traceback" not in err
+
+
+@pytest.fixture
+def never_loaded(monkeypatch):
+    def fail(directory):
+        raise AssertionError("weights are loaded before the inputs are checked")
+
+    monkeypatch.setattr(checkpoint, "load_weights", fail)
+
+
+def broken_config(workdir, folder, section, **values):
+    """A checkpoint directory whose config.json has other values."""
+    config = json.loads((workdir / "config.json").read_text())
+    config[section] |= values
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "case, named",
+    [
+        ("missing source", "nowhere.png"),
+        ("not an image", "notes.txt"),
+        ("missing driving", "nowhere.mp4"),
+        ("not a video", "notes.txt"),
+        ("no face", "grey.png"),
+        ("no checkpoint", "config.json"),
+        ("output is a file", "notes.txt"),
+        ("a folder in the way", "portrait--motion.mp4"),
+        ("size", "data.size=40"),
+        ("history", "data.history=4"),
+        ("alone", "--driving"),
+        ("face", "face 3"),
+        ("no frames", "--max-frames"),
+        ("no steps", "sample.steps=0"),
+        ("landmarker", "face.onnx"),
+        ("the driver's landmarks for the source", "bare.npz beside it"),
+        ("no weights", "holds neither weights/ nor a finished step"),
+    ],
+)
+def test_a_mistake_is_one_line_before_any_weight_is_loaded(case, named, script, never_loaded, media, workdir, tmp_path):
+    (tmp_path / "notes.txt").write_text("not a picture")
+    iio.imwrite(tmp_path / "grey.png", np.full((64, 64, 3), 128, np.uint8))
+    (tmp_path / "taken" / "portrait--motion.mp4").mkdir(parents=True)
+    shutil.copy(media / "portrait.png", tmp_path / "bare.png")
+    flags = {"--source": media / "portrait.png", "--driving": media / "motion.mp4", "--checkpoint": workdir, "--output": tmp_path / "out"}
+    match case:
+        case "missing source":
+            flags["--source"] = tmp_path / "nowhere.png"
+        case "not an image":
+            flags["--source"] = tmp_path / "notes.txt"
+        case "missing driving":
+            flags["--driving"] = tmp_path / "nowhere.mp4"
+        case "not a video":
+            flags["--driving"] = tmp_path / "notes.txt"
+        case "no face":
+            flags["--source"] = tmp_path / "grey.png"
+        case "no checkpoint":
+            flags["--checkpoint"] = tmp_path
+        case "output is a file":
+            flags["--output"] = tmp_path / "notes.txt"
+        case "a folder in the way":
+            flags["--output"] = tmp_path / "taken"
+        case "size":
+            flags["--checkpoint"] = broken_config(workdir, tmp_path / "big", "data", size=40)
+        case "history":
+            flags["--checkpoint"] = broken_config(workdir, tmp_path / "long", "data", history=4)
+        case "alone":
+            del flags["--driving"]
+        case "face":
+            flags["--face"] = 3
+        case "no frames":
+            flags["--max-frames"] = 0
+        case "no steps":
+            flags["--steps"] = 0
+        case "landmarker":
+            flags |= {"--source": tmp_path / "bare.png", "--landmarker": "face.onnx"}
+        case "the driver's landmarks for the source":
+            flags |= {"--source": tmp_path / "bare.png", "--landmarker": media / "motion.npz"}
+        case "no weights":
+            flags["--checkpoint"] = broken_config(workdir, tmp_path / "bare", "data")
+    status, _, err = script("sample.py", *(part for flag in flags.items() for part in flag))
+    (line,) = err.splitlines()
+    assert status == 2
+    assert line.startswith("error: ") and named in line
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--sorce", "portrait.png"], "unknown flag --sorce; did you mean --source?"),
+        (["--unknown", "3"], "unknown flag --unknown;"),
+        (["portrait.png"], "portrait.png: no flag takes it"),
+        (["--seed", "3", "--steps", "abc"], "--steps abc: takes a whole number"),
+        (["--steps"], "--steps: takes a whole number"),
+        (["--guidance", "1", "-2"], "--guidance 1 -2: takes 3 values, each a number"),
+        (["--seed", "-1"], "--seed -1 must"),
+        (["--seed", str(2**63 + 1)], f"--seed {2**63 + 1} must"),
+    ],
+)
+def test_sampling_says_on_one_line_which_flag_is_wrong(script, flags, said):
+    status, out, err = script("sample.py", *flags)
+    (line,) = err.splitlines()
+    assert status == 2 and not out
+    assert line.startswith(f"error: {said}")
+
+
+def test_weights_that_cannot_be_read_are_one_line(script, media, workdir, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(workdir, broken)
+    (broken / "checkpoints" / "8" / "state" / "_METADATA").write_text("{")
+    given = ["-s", media / "portrait.png", "-d", media / "motion.mp4", "--checkpoint", broken, "-o", tmp_path / "out"]
+    status, _, err = script("sample.py", *given)
+    (line,) = err.splitlines()
+    assert status == 2
+    assert line.startswith("error: ") and "broken" in line
+
+
+def test_a_converted_model_trains_and_samples(script, media, dataset, sd35_file, tmp_path):
+    convert(sd35_file, tmp_path / "weights")
+    flags = ["--workdir", tmp_path / "run", "--train.init-from", tmp_path / "weights", "--data.path", dataset, "--sample.steps", 1]
+    small = ["--train.batch", 1, "--train.steps", 1, "--data.frames", 2, "--data.history", 1, "--data.size", 32, "--sample.guidance", 1, 1, 1]
+    status, _, err = script("train.py", "--config", tmp_path / "weights" / "config.json", *flags, *small)
+    assert status == 0, err
+    for directory in "weights", "run":
+        given = ["--source", media / "portrait.png", "--driving", media / "motion.mp4", "--checkpoint", tmp_path / directory, "--max-frames", 2]
+        status, _, err = script("sample.py", *given, "--output", tmp_path / f"out_{directory}", "--steps", 1, "--guidance", 1, 1, 1, "--no-concat")
+        assert status == 0, err
+        assert iio.imread(tmp_path / f"out_{directory}" / "portrait--motion.mp4").shape[0] == 2
