@@ -1,106 +1,145 @@
 """Train: python train.py --config configs/demo.py --workdir DIR [--train.steps 4 ...]
 
 Any field of the config, typed, by its dotted name. A workdir that holds checkpoints is resumed. It gets `config.json`,
-`frozen/`, `checkpoints/`, `metrics.jsonl`, `tensorboard/` and `samples/`.
+`frozen/`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `samples/` and, with --train.profile, `profile/`. SIGTERM saves and ends.
+Several processes: --coordinator HOST:PORT --processes N --process I, where they do not find each other (docs/training.md).
 """
 
 import json
 import pathlib
 import time
+import warnings
 
 import flax.linen as nn
-import imageio.v3 as iio
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from svdp_jax import checkpoint, cli, pipeline, sharding, train_state
-from svdp_jax.config import Config, ConfigError, load_config
+from svdp_jax import checkpoint, cli, pipeline, processes, sharding, train_state
+from svdp_jax.config import Config, ConfigError, load_config, to_dict
 from svdp_jax.data import clips, loader
-from svdp_jax.data.video import MediaError
+from svdp_jax.files import MediaError
+from svdp_jax.journal import Journal
+from svdp_jax.models import flops
 from svdp_jax.models.autoencoder import fit_linear, make_autoencoder
 from svdp_jax.models.tokens import position_table
-from svdp_jax.types import Frozen
+from svdp_jax.types import Batch, Frozen
+
+FREELY = (  # what changes no step
+    "stop_at", "profile", "workers", "cache", "remat", "accumulation", "log_every", "sample_every", "checkpoint_every", "keep", "keep_every",
+)
+BAD_STEPS = 10  # in a row whose loss or gradient is not finite, until a run ends
 
 
-def main(config: Config, workdir: pathlib.Path) -> None:
+class TrainingError(Exception):
+    """Training cannot go on. The message is one line."""
+
+
+def main(config: Config, workdir: pathlib.Path, cluster: processes.Cluster) -> None:
     # ----------------------------------------------------------------------------------------------------- mesh and data
-    train = config.train
-    mesh = sharding.make_mesh(config.mesh)
-    whole, per_sample = sharding.replicated(mesh), sharding.batch_sharding(mesh, train.batch)
-    checkpoints = checkpoint.manager(workdir, keep=train.keep)
+    processes.start(cluster)
+    train, writer = config.train, jax.process_index() == 0
+    layout = sharding.make_layout(config.mesh)
+    sharding.check_batch(layout, train.batch, accumulation=train.accumulation)
+    checkpoints = checkpoint.manager(workdir, keep=train.keep, keep_every=train.keep_every)
     start = checkpoints.latest_step() or 0
-    batches = loader.batches(config.data, split="train", seed=train.seed, batch=train.batch, start_step=start)
+    key_init, key = jax.random.split(jax.random.key(train.seed))
+    run = checkpoint.Run(samples=0, key=jax.random.key_data(key).tolist(), pending=[], config=to_dict(config))
+    if start:
+        run = checkpoint.restore_run(checkpoints)
+        tell_changes(config, run.config)
+    rows = layout.rows(train.batch)
+    batches = loader.batches(config.data, split="train", seed=train.seed, batch=train.batch, start_sample=run.samples, rows=rows)
     shown = loader.whole_clip(clips.open_clips(config.data.path, split="validation")[0], config.data)
 
     # -------------------------------------------------------------------------------------------- state, born in its shards
-    key_init, key = jax.random.split(jax.random.key(train.seed))
     new_state = lambda key: train_state.init_state(config, train_state.init_params(config, key))
-    shardings = sharding.shardings_of(jax.eval_shape(new_state, key_init), mesh, config.mesh.strategy)
-    if train.init_from and not start:
+    boxed = jax.eval_shape(new_state, key_init)
+    shardings = sharding.shardings_of(boxed, layout)
+    if start:
+        state, frozen = checkpoint.restore(checkpoints, sharding.abstract(boxed, shardings)), checkpoint.load_frozen(workdir)
+    elif train.init_from:
         params, frozen = checkpoint.load_initial(pathlib.Path(train.init_from), config)
         params = jax.device_put(params, shardings.params)
         state = jax.jit(lambda params: train_state.init_state(config, params), out_shardings=shardings)(params)
     else:
-        state = jax.jit(lambda key: nn.meta.unbox(new_state(key)), out_shardings=shardings)(key_init)
-        state = checkpoint.restore(checkpoints, state) if start else state
-        frozen = checkpoint.load_frozen(workdir) if start else new_frozen(config)
+        state, frozen = jax.jit(lambda key: nn.meta.unbox(new_state(key)), out_shardings=shardings)(key_init), new_frozen(config)
     if not start:
         checkpoint.save_frozen(workdir, frozen)
-    checkpoint.write_config(workdir, config)
-    constants, autoencoder, key = jax.device_put((train_state.constants_of(config, frozen), frozen.autoencoder, key), whole)
-    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    print(f"{config.name}: {count:,} parameters, step {start} of {train.steps}, {jax.device_count()} x {jax.devices()[0].device_kind}")
-
-    # -------------------------------------------------------------------------------------------------------------- step
-    step_fn = jax.jit(
-        train_state.train_step,
-        static_argnums=0,
-        static_argnames="with_history",
-        out_shardings=(shardings, whole),
-        donate_argnums=1,
-    )
+    if writer:
+        checkpoint.write_config(workdir, config)
+    constants, autoencoder, key = layout.replicate((train_state.constants_of(config, frozen), frozen.autoencoder, np.array(run.key, np.uint32)))
+    key = jax.random.wrap_key_data(key)
 
     # -------------------------------------------------------------------------------------------------------------- loop
-    log = (workdir / "metrics.jsonl").open("a")
-    board = SummaryWriter(str(workdir / "tensorboard"))
+    step_of = {stage: train_state.make_step(config, layout, shardings, with_history=stage) for stage in (False, True)}
     end = min(train.steps, train.stop_at or train.steps)
-    pending: list[dict] = []  # metrics stay on the device until a line is logged: reading them waits for the step
-    waited, since, steps_since = 0.0, time.perf_counter(), 0
-    with tqdm(total=train.steps, initial=start, unit="step", dynamic_ncols=True) as bar:
-        for step in range(start, end):
+    journal = Journal(workdir, every=train.log_every, start=start, end=train.steps, pending=run.pending, writer=writer)
+    if writer:
+        count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        print(f"{config.name}: {count:,} parameters, step {start} of {train.steps}, {jax.device_count()} x {jax.devices()[0].device_kind}")
+    begun, done, before, tracing = run.samples, start, None, False
+
+    def read(step: int, metrics: dict[str, jax.Array], work: float) -> bool:
+        """Waits for a step and notes what came of it. Whether to stop."""
+        stop = journal.add(step, metrics, work)
+        if journal.bad >= BAD_STEPS:
+            last = checkpoints.latest_step()
+            raise TrainingError(f"step {step}: loss or gradient was not finite for {BAD_STEPS} steps in a row; {workdir} keeps the checkpoint of step {last}")
+        return stop
+
+    bar = tqdm(total=train.steps, initial=start, unit="step", dynamic_ncols=True, disable=not writer)
+    with bar, processes.stop_signal() as told:
+        for done in range(start + 1, end + 1):
             asked = time.perf_counter()
-            batch = jax.device_put(next(batches), per_sample)
-            waited += time.perf_counter() - asked
-            state, metrics = step_fn(config, state, batch, autoencoder, constants, key, with_history=config.has_history(step))
-            pending.append(metrics)
-            steps_since += 1
+            batch = Batch(*(layout.place(part, rows, train.batch) for part in next(batches)))
+            journal.waited_for_data(time.perf_counter() - asked)
+            if done == config.profiled.start and config.profiled:
+                tracing = jax.profiler.start_trace(workdir / "profile") is None
+            with_history = config.has_history(done - 1)
+            with jax.profiler.StepTraceAnnotation("train", step_num=done):
+                state, metrics = step_of[with_history](state, batch, autoencoder, constants, key, layout.votes(told.to_stop))
+            stopping = before is not None and read(done - 1, *before)  # while this one is at work, so that no device waits for the host
+            before = metrics, flops.train_step(config, with_history=with_history).total
             bar.update()
-            done = step + 1
-            if done % train.log_every == 0 or done == end:
-                means = {name: float(np.mean([metrics[name] for metrics in pending])) for name in pending[0]}
-                seconds = (time.perf_counter() - since) / steps_since
-                record = {"step": done, **means, "seconds": seconds, "data_wait": waited / (seconds * steps_since)}
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-                for name, value in record.items():
-                    board.add_scalar(f"train/{name}", value, done)
-                bar.set_postfix_str(f"loss {means['loss']:.4f}, grad {means['grad_norm']:.2f}, {seconds:.2f} s/step, waiting {record['data_wait']:.0%}")
-                pending, waited, since, steps_since = [], 0.0, time.perf_counter(), 0
-            if done % train.checkpoint_every == 0 or done == end:
-                checkpoint.save(checkpoints, state)
-            if done % train.sample_every == 0 or done == end:
-                picture = pipeline.contact_sheet(config, state.ema, frozen, *shown)
-                path = workdir / "samples" / f"{done:07d}.png"
-                path.parent.mkdir(exist_ok=True)
-                iio.imwrite(path, picture)
-                board.add_image("samples", picture, done, dataformats="HWC")
-    checkpoints.wait_until_finished()
+            last = done == end or stopping
+            if tracing and (done == config.profiled.stop - 1 or last):
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+                tracing = False
+            if done % train.checkpoint_every == 0 or last:
+                stopping |= read(done, *before)
+                before = None
+                run = run._replace(samples=begun + (done - start) * train.batch, pending=journal.pending, config=to_dict(config))
+                checkpoint.save(checkpoints, state, run)
+            if done % train.sample_every == 0 or done == train.steps:
+                ema = layout.gathered(state.ema)
+                if writer:
+                    journal.picture(done, pipeline.contact_sheet(config, ema, frozen, *shown))
+            if stopping:
+                break
+    checkpoint.finish(checkpoints)
     checkpoints.close()
     batches.close()
-    board.close()
-    print(f"step {end}: {workdir}")
+    journal.close()
+    if writer:
+        print(f"step {done}: {workdir}")
+
+
+def tell_changes(config: Config, before: dict) -> None:
+    """What a run goes on with that is not as it was. ConfigError where that is another network; anything else is the user's to change."""
+    changed = [
+        (f"{part}.{name}", old.get(name), value)
+        for part, values in to_dict(config).items()
+        if part not in ("sample", "mesh") and isinstance(values, dict) and isinstance(old := before.get(part), dict)
+        for name, value in json.loads(json.dumps(values)).items()
+        if old.get(name) != value and name not in FREELY
+    ]
+    told = ", ".join(f"{name}={new} (so far: {old})" for name, old, new in changed)
+    if any(name.split(".")[0] in ("model", "autoencoder") for name, _, _ in changed):
+        raise ConfigError(f"this workdir holds a run of another network: {told}; use its config.json, or another workdir")
+    if changed:
+        warnings.warn(f"the run goes on with {told}", stacklevel=1)
 
 
 def new_frozen(config: Config) -> Frozen:
@@ -116,18 +155,21 @@ def new_frozen(config: Config) -> Frozen:
     return Frozen(autoencoder, position_table(model), np.zeros((model.text_tokens, model.text_width), np.float32), np.zeros(model.pooled_width, np.float32))
 
 
-def parse() -> tuple[Config, pathlib.Path]:
-    """--config and --workdir, and every field of the config by name."""
+def parse() -> tuple[Config, pathlib.Path, processes.Cluster]:
+    """--config and --workdir, which processes take part, and every field of the config by name."""
     parser = cli.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=pathlib.Path)
     parser.add_argument("--workdir", type=pathlib.Path)
-    paths, arguments = parser.parse_known_args()
-    if not (paths.config and paths.workdir) and not {"--help", "-h"} & set(arguments):
+    for name, kind in ("coordinator", str), ("processes", int), ("process", int), ("heartbeat", int):
+        parser.add_argument(f"--{name}", type=kind, default=processes.Cluster._field_defaults[name])
+    given, arguments = parser.parse_known_args()
+    if not (given.config and given.workdir) and not {"--help", "-h"} & set(arguments):
         raise ConfigError("train.py needs --config FILE (as configs/demo.py) and --workdir DIR")
-    default = load_config(paths.config or "configs/demo.py")
-    return cli.parse(default, arguments, description=__doc__, prog="train.py --config FILE --workdir DIR"), paths.workdir
+    default = load_config(given.config or "configs/demo.py")
+    config = cli.parse(default, arguments, description=__doc__, prog="train.py --config FILE --workdir DIR")
+    return config, given.workdir, processes.Cluster(given.coordinator, given.processes, given.process, given.heartbeat)
 
 
 if __name__ == "__main__":
-    with cli.messages(ConfigError, MediaError):
+    with cli.messages(ConfigError, MediaError, TrainingError):
         main(*parse())

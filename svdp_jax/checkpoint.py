@@ -9,60 +9,137 @@ checkpoint holds `config.json`, `frozen/` and `weights/`, the EMA parameters alo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import pathlib
-from typing import Any
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from svdp_jax import cli
+from svdp_jax import cli, files
 from svdp_jax.config import Config, ConfigError, load_config, to_dict
 from svdp_jax.train_state import TrainState, abstract_params
 from svdp_jax.types import Frozen
 
 CONFIG, FROZEN, STEPS, WEIGHTS = "config.json", "frozen", "checkpoints", "weights"
 COMMITTED = "commit_success.txt"
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a step that is not whole
+UNREADABLE = (ValueError, KeyError, OSError, AttributeError, TypeError)  # orbax has a different one for each missing file
 WRITTEN_AT_ONCE = 2  # GB that saving a tree may hold beside the tree
 
 
 def write_config(directory: pathlib.Path, config: Config) -> None:
     """The run's config as JSON, where every loader looks for it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / CONFIG).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    with files.writing(directory / CONFIG):
+        directory.mkdir(parents=True, exist_ok=True)
+    with files.whole(directory / CONFIG) as partial:
+        partial.write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
-def manager(workdir: pathlib.Path, *, keep: int) -> ocp.CheckpointManager:
-    """Saves and restores the training state of a workdir; saving goes on in the background."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-    return ocp.CheckpointManager((workdir / STEPS).absolute(), options=options)
+class Run(NamedTuple):
+    """What a step's checkpoint says of its run, beside the state."""
+
+    samples: int  # taken from the data, in all: where they go on
+    key: list[int]  # of everything that is drawn
+    pending: list[dict[str, Any]]  # metrics since the last line that was logged
+    config: dict[str, Any]
 
 
-def save(checkpoints: ocp.CheckpointManager, state: TrainState) -> None:
-    """Starts saving the state under its step."""
-    checkpoints.save(int(state.step), args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+def manager(workdir: pathlib.Path, *, keep: int, keep_every: int = 0) -> ocp.CheckpointManager:
+    """Saves and restores the training state of a workdir; saving goes on in the background.
+
+    The last `keep` steps stay, and every multiple of `keep_every`. ConfigError for a folder of checkpoints that is not one, or not to be written."""
+    directory = (workdir / STEPS).absolute()
+    strange = [path.name for path in directory.glob("*") if not path.name.isdigit() and UNFINISHED not in path.name] if directory.is_dir() else []
+    if strange:  # if they are checkpoints that somebody has renamed, training must not begin anew beside them
+        raise ConfigError(f"{directory} holds {', '.join(sorted(strange)[:3])}, which is no step of training; move that away, or use another workdir")
+    policies = ocp.checkpoint_managers
+    kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(kept), enable_async_checkpointing=True, cleanup_tmp_directories=True
+    )
+    try:  # now, and not when the first step is done
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return ocp.CheckpointManager(directory, options=options)
+    except OSError as error:
+        raise ConfigError(f"{directory}: cannot be written ({first_line(error)}); use another workdir") from error
+
+
+def save(checkpoints: ocp.CheckpointManager, state: TrainState, run: Run) -> None:
+    """Starts saving the state under its step. ConfigError where this save or the one before has failed; steps that are there stay."""
+    items = {"state": ocp.args.StandardSave(state), "run": ocp.args.JsonSave(run._asdict())}
+    with _saving(checkpoints):
+        checkpoints.save(int(state.step), args=ocp.args.Composite(**items))
+
+
+def finish(checkpoints: ocp.CheckpointManager) -> None:
+    """Waits until the last step is saved. ConfigError where that has failed."""
+    with _saving(checkpoints):
+        checkpoints.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _saving(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        last = checkpoints.latest_step()
+        left = f"the last step there is {last}" if last else "no step is there"
+        raise ConfigError(f"{checkpoints.directory}: a step cannot be saved ({first_line(error)}); is the disk full? {left}") from error
+
+
+def restore_run(checkpoints: ocp.CheckpointManager) -> Run:
+    """What the last saved step says of its run. ConfigError where that cannot be read."""
+    with _reading(checkpoints) as step:
+        return Run(**checkpoints.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"])
 
 
 def restore(checkpoints: ocp.CheckpointManager, state: TrainState) -> TrainState:
-    """The last saved state, in the shardings of `state` (arrays or shapes); raises ConfigError if it does not fit."""
-    step = checkpoints.latest_step()
-    try:
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    """The last saved state, in the shardings of `state` (arrays or shapes). ConfigError if it does not fit or cannot be read."""
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    with _reading(checkpoints) as step:
+        directory = pathlib.Path(checkpoints.directory) / str(step)
+        stored = ocp.PyTreeCheckpointHandler().metadata(directory / "state").tree
+        problem = _misfit(_shapes(target.params), _shapes(stored["params"]))
+        if problem:  # orbax would say so in many lines
+            raise ConfigError(f"checkpoint {directory} does not fit the config: {problem}")
         return checkpoints.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
-    except ValueError as error:
-        raise ConfigError(f"checkpoint {checkpoints.directory}/{step} does not fit the config: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _reading(checkpoints: ocp.CheckpointManager) -> Iterator[int]:
+    step = checkpoints.latest_step()
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            yield step
+        except ConfigError:
+            raise
+        except Exception as error:  # orbax has a different one for each kind of damage
+            # The reads that were under way go on to complain, in many lines each, until the process ends.
+            sys.unraisablehook = threading.excepthook = lambda _: None
+            directory = pathlib.Path(checkpoints.directory) / str(step)
+            raise ConfigError(f"checkpoint {directory} cannot be read ({first_line(error)}); move it out of the workdir to go on from the step before") from error
 
 
 def save_tree(directory: pathlib.Path, tree: Any) -> None:
     """A tree of arrays as a directory of its own, which may be moved; an older one is replaced."""
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=WRITTEN_AT_ONCE)  # which holds for arrays of jax's; numpy's are all copied first
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(jax.tree.map(jnp.asarray, tree)), force=True)
-    (directory / COMMITTED).write_text("committed\n")  # orbax wrote where, on the machine it ran on
+        held = jnp.asarray if jax.process_count() == 1 else np.asarray  # of several processes, which all call this, one writes
+        checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(jax.tree.map(held, tree)), force=True)
+    if jax.process_index() == 0:
+        (directory / COMMITTED).write_text("committed\n")  # orbax wrote where, on the machine it ran on
 
 
 def load_tree(directory: pathlib.Path, *, part: str | None = None) -> Any:
@@ -99,7 +176,7 @@ def load_stored(directory: pathlib.Path) -> tuple[Config, Any, Frozen]:
     try:
         tree = load_tree(weights, part="ema")
         frozen = load_frozen(directory)
-    except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:  # orbax has a different one for each missing file
+    except UNREADABLE as error:
         raise ConfigError(f"checkpoint {directory} cannot be read: {first_line(error)}") from error
     params = tree.get("ema", tree)
     check_shapes(directory, config, params)
@@ -146,12 +223,22 @@ def stored_dtype(weights: pathlib.Path) -> str:
 
 def check_shapes(directory: pathlib.Path, config: Config, params: Any) -> None:
     """ConfigError if the parameters are not those of the config's network, naming the first that differs."""
-    expected = abstract_params(config)
-    wanted, found = ({jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)} for tree in (expected, params))
+    problem = _misfit(_shapes(abstract_params(config)), _shapes(params))
+    if problem:
+        raise ConfigError(f"checkpoint {directory} does not fit its {CONFIG}: {problem}")
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _misfit(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str | None:
+    """The first parameter of which shapes differ, in words."""
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             have, want = (shapes.get(name, "nothing") for shapes in (found, wanted))
-            raise ConfigError(f"checkpoint {directory} does not fit its {CONFIG}: {name} is {have}, the config's network has {want}")
+            return f"{name} is {have}, the config's network has {want}"
+    return None
 
 
 def export(directory: pathlib.Path, output: pathlib.Path, *, dtype: str) -> None:
@@ -176,7 +263,7 @@ def fingerprint(directory: pathlib.Path) -> str:
 
 def first_line(error: BaseException) -> str:
     """What an error says, without the pages behind it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def inspect(directory: pathlib.Path) -> str:

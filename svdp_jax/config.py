@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import pathlib
+import re
 from typing import Any, Literal, get_type_hints
 
 
@@ -166,6 +167,7 @@ class TrainConfig:
     stage1: LevelConfig = LevelConfig()
     stage2: LevelConfig = LevelConfig(nothing=0.1, source=0.1, driving=0.3, history=0.5)
     learning_rate: float = 1e-5  # of pretrained parameters
+    accumulation: int = 1  # parts of a batch, done one after the other to save memory; the result is that of the whole
     learning_rate_new: float = 1e-4  # of the temporal blocks and the frame encoding
     warmup: int = 1000  # steps
     decay: float = 0.0  # share of the steps, at the end, over which the learning rate falls to 0
@@ -174,18 +176,25 @@ class TrainConfig:
     beta2: float = 0.999
     ema: float = 0.9999
     time_shift: float = 3.0  # of the noise level t, drawn logit-normal(0, 1)
-    remat: Literal["none", "full"] = "full"
+    history_noise: float = 0.0  # on history, against errors that add up from window to window: standard deviation, in latent units, up to this
+    remat: Literal["none", "full", "attention", "offload"] = "full"  # what the backward pass finds, or computes again (models/transformer.py)
     log_every: int = 50  # steps
     sample_every: int = 2000
     checkpoint_every: int = 1000
-    keep: int = 3  # checkpoints
+    keep: int = 3  # checkpoints, the last ones
+    keep_every: int = 0  # and for good those of every so many steps; 0: none
+    profile: str = ""  # FIRST:LAST, steps of which a trace is written, for xprof
 
     def __post_init__(self):
-        _positive(self, "batch steps learning_rate learning_rate_new clip time_shift log_every sample_every checkpoint_every keep")
+        _positive(self, "batch accumulation steps learning_rate learning_rate_new clip time_shift log_every sample_every checkpoint_every keep")
         _choices(self)
+        _check(self.keep_every >= 0, "train.keep_every", self.keep_every, "must not be negative")
+        steps = re.fullmatch(r"(\d+):(\d+)", self.profile)
+        _check(not self.profile or steps and 0 < int(steps[1]) <= int(steps[2]), "train.profile", self.profile, "must be FIRST:LAST, as 10:13, from step 1 on")
         _check(0 <= self.seed < 2**32, "train.seed", self.seed, "must be 0 to 2**32 - 1")  # JAX drops what is above
         _check(0 <= self.ema < 1, "train.ema", self.ema, "must be at least 0 and less than 1")
         _check(0 <= self.decay <= 1, "train.decay", self.decay, "must be a share, 0 to 1")
+        _check(self.history_noise >= 0, "train.history_noise", self.history_noise, "must not be negative")
         _check(self.warmup >= 0, "train.warmup", self.warmup, "must not be negative")
         _check(
             self.stage1.history == 0,
@@ -217,7 +226,7 @@ class MeshConfig:
     fsdp: int = 1
     context: int = 1
     tensor: int = 1
-    strategy: Literal["dp", "fsdp", "fsdp_tensor"] = "dp"
+    strategy: Literal["dp", "fsdp", "fsdp_tensor", "fsdp_context", "fsdp_context_tensor"] = "dp"
 
     def __post_init__(self):
         _choices(self)
@@ -263,6 +272,12 @@ class Config:
     def has_history(self, step: int) -> bool:
         """Whether this step of training, counted from 0, belongs to the second stage."""
         return self.data.history > 0 and step >= self.train.history_from_step
+
+    @property
+    def profiled(self) -> range:
+        """Steps of which a trace is written, counted from 1."""
+        first, _, last = self.train.profile.partition(":")
+        return range(int(first), int(last) + 1) if self.train.profile else range(0)
 
     @property
     def grid(self) -> int:

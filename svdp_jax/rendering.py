@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from svdp_jax import files
 from svdp_jax.config import ConfigError
-from svdp_jax.data import files
 from svdp_jax.pipeline import Window
 
 SETTINGS, INPUTS = "settings.json", "inputs.npz"

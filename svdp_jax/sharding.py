@@ -1,49 +1,169 @@
 """The mesh, and how each named strategy lays arrays over it.
 
-Models name the axes of their parameters; a strategy is one table from those names to mesh axes. A name without a row is an
-error, and so is an array that a row cannot divide: nothing is replicated silently.
+Models name the axes of their parameters and of their activations; a strategy is one table from those names to mesh axes. A name
+without a row is an error, and so is an array that a row cannot divide: nothing is replicated silently.
 
 Mesh axes: `data` (whole copies of the model), `fsdp` (parameters in shares, gathered layer by layer), `context` (frames),
-`tensor` (heads and MLP columns).
+`tensor` (heads and MLP columns). Only the outer part of `data` crosses the network between slices or hosts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from svdp_jax.config import ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")  # samples are spread over both: with fsdp, devices share parameters, not work
 
-_WHOLE = {
+Rule = str | tuple[str, ...] | None  # mesh axes of one axis of an array
+
+_WHOLE: dict[str, Rule] = {
+    # Axes of parameters.
     "layers": None,  # scanned: each step of the loop needs one layer, whole
-    "embed": None,
+    "embed": None,  # the width, which every matrix has; strategies that share parameters do it here
     "qkv": None,  # queries, keys and values stay together, so that a device has all three of its heads
-    "heads": None,
-    "head_size": None,
-    "mlp": None,
-    "chunks": None,
-    "modulation": None,
-    "hidden": None,
-    "patch": None,  # patch, time, text and pooled are small inputs
+    "heads": None,  # of parameters and of what attention sees: a head is independent of the others until the output
+    "head_size": None,  # the sum of every score
+    "mlp": None,  # columns of the MLP, independent of each other between its two matrices
+    "chunks": None,  # shift, scale, gate, ...: a few, used one by one
+    "modulation": None,  # the width of a modulation, which meets tokens of the whole width
+    "hidden": None,  # the middle of the small embeddings
+    "patch": None,  # inputs and outputs of a few values: patch, time, text, pooled
     "time": None,
     "text": None,
     "pooled": None,
+    # Axes of batches and activations.
+    "batch": BATCH,  # samples are independent but for the gradient
+    "frames": None,  # of z, source, driving and history
+    "tokens": None,  # of a frame: attention within a frame needs them all
+    "width": None,  # norms need it whole
 }
-STRATEGIES: dict[str, dict[str, str | None]] = {
+STRATEGIES: dict[str, dict[str, Rule]] = {
     # Every device holds everything; only gradients travel. Fits small models.
     "dp": _WHOLE,
-    # Each matrix is split along the width, which every one of them has.
+    # Each matrix is split along the width, which every one of them has, and gathered when its layer's turn comes.
     "fsdp": _WHOLE | {"embed": "fsdp"},
     # Besides, each device has some heads and some MLP columns: one reduction after attention and one after the MLP.
     "fsdp_tensor": _WHOLE | {"embed": "fsdp", "heads": "tensor", "mlp": "tensor"},
+    # Each device has some frames of a sample. Within a frame nothing travels; across frames, attention exchanges frames for heads.
+    # Parameters are not shared over `context`, so that at fsdp=1 nothing but that exchange and the gradients travels.
+    "fsdp_context": _WHOLE | {"embed": "fsdp", "frames": "context"},
+    # All of it: for samples that are too large for one device even with few frames.
+    "fsdp_context_tensor": _WHOLE | {"embed": "fsdp", "frames": "context", "heads": "tensor", "mlp": "tensor"},
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh and the strategy by which arrays lie on it. Hashable: a static argument, and an attribute of modules."""
+
+    mesh: Mesh
+    strategy: str
+
+    def spec(self, *names: str | None) -> PartitionSpec:
+        """Mesh axes of an array whose axes have these names; None is an axis that stays whole. ConfigError for a name without a rule."""
+        return PartitionSpec(*(self._rule(name, "an array") for name in names))
+
+    def sharding(self, *names: str | None) -> NamedSharding:
+        """The same with the mesh."""
+        return NamedSharding(self.mesh, self.spec(*names))
+
+    def constrain(self, x: Array, *names: str | None) -> Array:
+        """`x`, which is to lie as its names say. ConfigError where that does not divide it."""
+        return jax.lax.with_sharding_constraint(x, self.of("an activation", names, x.shape))
+
+    def of(self, where: str, names: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+        """The sharding of the array `where`. ConfigError, naming it, for a name without a rule and for a size that does not divide."""
+        for name, size in zip(names, shape, strict=True):
+            devices = math.prod(self.mesh.shape[axis] for axis in _axes(self._rule(name, where)))
+            if size % devices:
+                axes = " x ".join(f"mesh.{axis}={self.mesh.shape[axis]}" for axis in _axes(self._rule(name, where)))
+                raise ConfigError(f"axis {name!r} of {where} has {size} entries, which {axes} does not divide")
+        return NamedSharding(self.mesh, PartitionSpec(*(self._rule(name, where) for name in names)))
+
+    def _rule(self, name: str | None, where: str) -> Rule:
+        table = STRATEGIES[self.strategy]
+        if name is not None and name not in table:
+            raise ConfigError(f"strategy {self.strategy} has no rule for the axis {name!r} of {where}; it knows {', '.join(table)}")
+        return None if name is None else table[name]
+
+    def size(self, name: str) -> int:
+        """Devices that share this axis."""
+        return math.prod(self.mesh.shape[axis] for axis in _axes(self._rule(name, "an array")))
+
+    @property
+    def batch(self) -> NamedSharding:
+        """Of arrays whose first axis is samples, and the others whole."""
+        return self.sharding("batch")
+
+    @property
+    def whole(self) -> NamedSharding:
+        """The whole array on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def rows(self, samples: int) -> list[int]:
+        """Which samples of a batch this process's devices need."""
+        parts = self.batch.addressable_devices_indices_map((samples,)).values()
+        return sorted({row for (part,) in parts for row in range(*part.indices(samples))})
+
+    def place(self, local: np.ndarray, rows: Sequence[int], samples: int) -> Array:
+        """An array of the whole batch, of which this process has `rows`."""
+        first = {row: place for place, row in enumerate(rows)}
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(samples)
+            return local[first[start] : first[start] + stop - start]
+
+        return jax.make_array_from_callback((samples, *local.shape[1:]), self.batch, part)
+
+    def replicate(self, tree: Any) -> Any:
+        """A tree that is the same in all processes, whole on every device."""
+        one = lambda leaf: jax.make_array_from_callback(np.shape(leaf), self.whole, lambda index: np.asarray(leaf)[index])
+        return jax.tree.map(one, tree)
+
+    def votes(self, vote: bool) -> Array:
+        """For each device of the mesh whether its process votes for something."""
+        everywhere = NamedSharding(self.mesh, PartitionSpec(AXES))
+        return jax.make_array_from_callback((self.mesh.size,), everywhere, lambda _: np.full(1, vote, np.int32))
+
+    def gathered(self, tree: Any) -> Any:
+        """A tree of arrays, whole, on one device of this process. All processes take part."""
+        if self.mesh.size == 1:
+            return tree
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), jax.jit(lambda tree: tree, out_shardings=self.whole)(tree))
+
+    def per_frame(self, function: Callable[..., Array]) -> Callable[..., Array]:
+        """`function` of arrays [B,F,...], which treats frames alike and merges the two axes: each device does its own frames of its own samples."""
+
+        def apply(*arrays: Array) -> Array:
+            count = arrays[0].shape[1]
+            extra = -count % self.size("frames")
+            padded = [jnp.pad(x, ((0, 0), (0, extra), *[(0, 0)] * (x.ndim - 2))) for x in arrays]
+            spec = self.spec("batch", "frames")
+            return jax.shard_map(function, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)(*padded)[:, :count]
+
+        return apply
+
+
+def _axes(rule: Rule) -> tuple[str, ...]:
+    return () if rule is None else (rule,) if isinstance(rule, str) else rule
+
+
+def make_layout(config: MeshConfig, devices: list[jax.Device] | None = None) -> Layout:
+    """The mesh of a config, with its strategy. ConfigError if its sizes do not make up the number of devices."""
+    return Layout(make_mesh(config, devices), config.strategy)
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -56,41 +176,45 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     if product != len(devices):
         shape = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         raise ConfigError(f"mesh {shape} is for {product} devices, but there are {len(devices)}; set mesh.data=-1, or sizes whose product is {len(devices)}")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(device_grid(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def shardings_of(tree: Any, mesh: Mesh, strategy: str) -> Any:
+def device_grid(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices in the shape `sizes` (data, fsdp, context, tensor), neighbours in the fast network where they talk most.
+
+    Where devices are in several slices (TPU slices; hosts, where XLA knows them as such), only the outer part of `data` is in different
+    ones. ConfigError where that does not divide."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    hosts = len({device.process_index for device in devices})
+    by_host = slices == 1 and hosts > 1 and devices[0].platform == "cpu"
+    groups = hosts if by_host else slices
+    if groups == 1:
+        return mesh_utils.create_device_mesh(sizes, devices)
+    if sizes[0] % groups:
+        raise ConfigError(f"mesh.data={sizes[0]} must be a multiple of the {groups} slices or hosts: between them, only `data` crosses the slow network")
+    inner = (sizes[0] // groups, *sizes[1:])
+    return mesh_utils.create_hybrid_device_mesh(inner, (groups, 1, 1, 1), devices, process_is_granule=by_host)
+
+
+def shardings_of(tree: Any, layout: Layout) -> Any:
     """The sharding of every array of a tree; boxed arrays (see `flax.linen.meta`) by their names, others whole."""
 
     def sharding(path, leaf):
-        names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else (None,) * leaf.ndim
-        shape = leaf.value.shape if isinstance(leaf, nn.LogicallyPartitioned) else leaf.shape
-        return _sharding(jax.tree_util.keystr(path), names, shape, mesh, strategy)
+        if isinstance(leaf, nn.LogicallyPartitioned):
+            return layout.of(jax.tree_util.keystr(path), leaf.names, leaf.value.shape)
+        return layout.whole
 
     return jax.tree_util.tree_map_with_path(sharding, tree, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
 
-def _sharding(where: str, names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, strategy: str) -> NamedSharding:
-    table = STRATEGIES[strategy]
-    spec = []
-    for name, size in zip(names, shape, strict=True):
-        if name is not None and name not in table:
-            raise ConfigError(f"strategy {strategy} has no rule for the axis {name!r} of {where}; it knows {', '.join(table)}")
-        axis = None if name is None else table[name]
-        if axis is not None and size % mesh.shape[axis]:
-            raise ConfigError(f"axis {name!r} of {where} has {size} entries, which mesh.{axis}={mesh.shape[axis]} does not divide")
-        spec.append(axis)
-    return NamedSharding(mesh, PartitionSpec(*spec))
+def abstract(tree: Any, shardings: Any) -> Any:
+    """Shapes of a tree whose arrays may be boxed, with their shardings: what a checkpoint is restored into."""
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), nn.meta.unbox(tree), shardings)
 
 
-def batch_sharding(mesh: Mesh, samples: int) -> NamedSharding:
-    """Samples over devices; every array of a batch has them as its first axis. ConfigError if they do not divide."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    if samples % devices:
-        raise ConfigError(f"train.batch={samples} must be a multiple of mesh.data x mesh.fsdp = {devices}")
-    return NamedSharding(mesh, PartitionSpec(BATCH))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
-    return NamedSharding(mesh, PartitionSpec())
+def check_batch(layout: Layout, samples: int, *, accumulation: int) -> None:
+    """ConfigError unless every device has as many samples as the others, in each part of a step."""
+    devices = layout.size("batch")
+    if samples % (devices * accumulation):
+        what = f"mesh.data x mesh.fsdp{' x train.accumulation' if accumulation > 1 else ''} = {devices * accumulation}"
+        raise ConfigError(f"train.batch={samples} must be a multiple of {what}")

@@ -7,32 +7,37 @@ Randomness is a function of (base key, step), so a resumed run repeats nothing a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from svdp_jax import flow
 from svdp_jax.config import Config, TrainConfig
 from svdp_jax.models import tokens
 from svdp_jax.models.autoencoder import make_autoencoder, to_unit
 from svdp_jax.models.transformer import Transformer, abstract_inputs
+from svdp_jax.sharding import Layout, shardings_of
 from svdp_jax.types import Batch, Conditions, Constants, Frozen
 
 NEW_PARAMETERS = ("temporal", "frame_encoding")  # absent from the pretrained model
+NOISE_LEVELS = 5  # equal parts of t, 0 to 1, for which the loss is told apart
+
+Metrics = dict[str, Array]
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that a step changes. Parameters, moments and EMA are float32."""
+    """All that a step changes. Parameters, moments and EMA are float32. A skipped step does not count for the learning rate's schedule."""
 
     step: Any  # int32 scalar, or what stands for it in an abstract state
     params: Any
     opt_state: Any
     ema: Any
+    bad: Any  # int32 scalar: steps in a row, up to this one, whose gradient was not finite; they changed nothing
 
 
 def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
@@ -67,9 +72,9 @@ def is_new(path: tuple) -> bool:
     return any(getattr(entry, "key", None) in NEW_PARAMETERS for entry in path)
 
 
-def make_transformer(config: Config, *, training: bool = False) -> Transformer:
-    """The network of a config; `training` applies its rematerialisation."""
-    return Transformer(config.model, remat=config.train.remat if training else "none")
+def make_transformer(config: Config, *, training: bool = False, layout: Layout | None = None) -> Transformer:
+    """The network of a config; `training` applies its rematerialisation, `layout` is that of the mesh."""
+    return Transformer(config.model, remat=config.train.remat if training else "none", layout=layout)
 
 
 def init_params(config: Config, key: Key[Array, ""]) -> Any:
@@ -85,9 +90,15 @@ def abstract_params(config: Config) -> Any:
     return nn.meta.unbox(jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0)))
 
 
+def param_shardings(config: Config, layout: Layout) -> Any:
+    """Where the parameters lie, and their gradients."""
+    return shardings_of(jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0)), layout)
+
+
 def init_state(config: Config, params: Any) -> TrainState:
     """The state before the first step, of given parameters; where they are boxed with their names, so are moments and EMA."""
-    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config.train).init(params), jax.tree.map(jnp.copy, params))
+    zero = lambda: jnp.zeros((), jnp.int32)
+    return TrainState(zero(), params, make_optimizer(config.train).init(params), jax.tree.map(jnp.copy, params), zero())
 
 
 def constants_of(config: Config, frozen: Frozen) -> Constants:
@@ -95,43 +106,132 @@ def constants_of(config: Config, frozen: Frozen) -> Constants:
     return Constants(tokens.shifted_crops(frozen.table, config.grid, config.grid), jnp.asarray(frozen.text), jnp.asarray(frozen.pooled))
 
 
-def loss_fn(config: Config, params: Any, batch: Batch, autoencoder: Any, constants: Constants, key: Key[Array, ""], *, with_history: bool):
-    """Mean square error of the network on one batch, and metrics (SVDP, "Training"; DESIGN of levels: `LevelConfig`).
+class Draws(NamedTuple):
+    """All that is random in a step, sample by sample, so that it is the same however the batch is divided."""
 
-    `with_history`: the second stage. The first compiles without history, at less cost.
+    t: Float[Array, "B"]
+    noise: Float[Array, "B F h w C"]  # on the target
+    latent: Float[Array, "B F h w C"]  # of the autoencoder's distribution
+    level: Int[Array, "B"]
+    history: Float[Array, "B P h w C"] | None  # noise on history; None in the first stage, or without
+
+
+def draw(config: Config, samples: int, key: Key[Array, ""], *, with_history: bool) -> Draws:
+    """What a step of so many samples draws."""
+    train, data = config.train, config.data
+    key_latents, key_t, key_noise, key_level, key_history, key_strength = jax.random.split(key, 6)
+    levels = (train.stage2 if with_history else train.stage1).probabilities
+    past = None
+    if with_history and train.history_noise:
+        strength = jax.random.uniform(key_strength, (samples,), maxval=train.history_noise)
+        past = flow.per_sample(strength, 5) * jax.random.normal(key_history, (samples, data.history, *config.latent_shape))
+    return Draws(
+        t=flow.draw_t(key_t, samples, shift=train.time_shift),
+        noise=jax.random.normal(key_noise, (samples, data.frames, *config.latent_shape)),
+        latent=jax.random.normal(key_latents, (samples, data.frames, *config.latent_shape)),
+        level=jax.random.categorical(key_level, jnp.log(jnp.array(levels)), shape=(samples,)),
+        history=past,
+    )
+
+
+def loss_fn(
+    config: Config, params: Any, batch: Batch, draws: Draws, autoencoder: Any, constants: Constants, *, with_history: bool, layout: Layout | None = None
+) -> tuple[Float[Array, ""], Metrics]:
+    """Mean square error of the network on a batch, and metrics (SVDP, "Training"; levels: `LevelConfig`).
+
+    `with_history`: the second stage. The first compiles without history, at less cost. `layout`: of the mesh; None is one device.
     """
-    key_latents, key_t, key_noise, key_level = jax.random.split(key, 4)
-    encoder = make_autoencoder(config.autoencoder)
+    encoder = make_autoencoder(config.autoencoder, dtype=config.model.dtype)
 
-    def encode(frames, key=None):
-        return encoder.apply({"params": autoencoder}, to_unit(frames), key, method="encode")
+    def encode(frames):
+        return encoder.apply({"params": autoencoder}, to_unit(frames), method="encode")
 
-    x0 = encode(batch.target, key_latents)
-    t = flow.draw_t(key_t, len(x0), shift=config.train.time_shift)
-    noise = jax.random.normal(key_noise, x0.shape)
-    levels = (config.train.stage2 if with_history else config.train.stage1).probabilities
+    def encode_sample(frames, noise):
+        return encoder.apply({"params": autoencoder}, to_unit(frames), noise, method="encode")
+
+    per_frame = layout.per_frame if layout else lambda function: function
+    x0 = per_frame(encode_sample)(batch.target, draws.latent)
+    history = per_frame(encode)(batch.history) if with_history else None
     conditions = Conditions(
         source=encode(batch.source),
-        driving=encode(batch.driving),
-        history=encode(batch.history) if with_history else None,
-        level=jax.random.categorical(key_level, jnp.log(jnp.array(levels)), shape=(len(x0),)),
+        driving=per_frame(encode)(batch.driving),
+        history=history if draws.history is None else history + draws.history,
+        level=draws.level,
     )
-    output = make_transformer(config, training=True).apply({"params": params}, flow.interpolate(x0, noise, t), t, conditions, constants)
-    loss = flow.loss_per_sample(output, flow.target(x0, noise, config.model.prediction))
-    return loss.mean(), {"loss": loss.mean()}
+    output = make_transformer(config, training=True, layout=layout).apply(
+        {"params": params}, flow.interpolate(x0, draws.noise, draws.t), draws.t, conditions, constants
+    )
+    losses = flow.loss_per_sample(output, flow.target(x0, draws.noise, config.model.prediction))
+    by_noise = jax.nn.one_hot((draws.t * NOISE_LEVELS).astype(jnp.int32).clip(max=NOISE_LEVELS - 1), NOISE_LEVELS)
+    return losses.mean(), {"loss": losses.mean(), "loss_sums": losses @ by_noise, "samples": by_noise.sum(axis=0)}
 
 
-def train_step(config: Config, state: TrainState, batch: Batch, autoencoder: Any, constants: Constants, key: Key[Array, ""], *, with_history: bool):
-    """One optimizer step and one tick of the EMA. Returns (TrainState, metrics)."""
-    key = jax.random.fold_in(key, state.step)
-    gradient_of = jax.value_and_grad(loss_fn, argnums=1, has_aux=True)
-    (_, metrics), gradient = gradient_of(config, state.params, batch, autoencoder, constants, key, with_history=with_history)
-    updates, opt_state = make_optimizer(config.train).update(gradient, state.opt_state, state.params)
+def gradient(
+    config: Config, params: Any, batch: Batch, draws: Draws, autoencoder: Any, constants: Constants, *, with_history: bool, layout: Layout | None = None
+) -> tuple[Any, Metrics]:
+    """The gradient of `loss_fn` on a batch, done in `train.accumulation` parts one after the other, and its metrics."""
+    parts = config.train.accumulation
+    value_and_grad = jax.value_and_grad(loss_fn, argnums=1, has_aux=True)
+
+    def of(batch: Batch, draws: Draws) -> tuple[Any, Metrics]:
+        (_, metrics), found = value_and_grad(config, params, batch, draws, autoencoder, constants, with_history=with_history, layout=layout)
+        return (jax.lax.with_sharding_constraint(found, param_shardings(config, layout)) if layout else found), metrics
+
+    if parts == 1:
+        return of(batch, draws)
+
+    split = lambda x: jnp.swapaxes(x.reshape(len(x) // parts, parts, *x.shape[1:]), 0, 1)  # each device divides its own samples
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, of(*part)), None
+
+    batch_parts = jax.tree.map(split, (batch, draws))
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(of, *jax.tree.map(lambda x: x[0], batch_parts)))
+    if layout:
+        nothing = jax.lax.with_sharding_constraint(nothing[0], param_shardings(config, layout)), nothing[1]
+    (total, metrics), _ = jax.lax.scan(add, nothing, batch_parts)
+    return jax.tree.map(lambda leaf: leaf / parts, total), metrics | {"loss": metrics["loss"] / parts}
+
+
+def train_step(
+    config: Config,
+    state: TrainState,
+    batch: Batch,
+    autoencoder: Any,
+    constants: Constants,
+    key: Key[Array, ""],
+    *,
+    with_history: bool,
+    layout: Layout | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step and one tick of the EMA. Returns (TrainState, metrics).
+
+    Where the loss or the gradient is not finite nothing changes but the step and `bad`, the number of such steps in a row."""
+    draws = draw(config, len(batch.target), jax.random.fold_in(key, state.step), with_history=with_history)
+    found, metrics = gradient(config, state.params, batch, draws, autoencoder, constants, with_history=with_history, layout=layout)
+    norm = optax.tree.norm(found)
+    updates, opt_state = make_optimizer(config.train).update(found, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = jax.tree.map(lambda old, new: old + (1 - ema_decay(config.train, state.step)) * (new - old), state.ema, params)
-    return TrainState(state.step + 1, params, opt_state, ema), metrics | {"grad_norm": optax.tree.norm(gradient)}
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    keep = lambda new, old: jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+    bad = jnp.where(finite, 0, state.bad + 1)
+    after = TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state), keep(ema, state.ema), bad)
+    return after, metrics | {"grad_norm": norm, "bad": bad}
 
 
 def ema_decay(train: TrainConfig, step: Array) -> Float[Array, ""]:
     """The EMA's decay at a step: it forgets the start quickly, then settles at `train.ema`."""
     return jnp.minimum(train.ema, (1 + step) / (10 + step))
+
+
+def make_step(config: Config, layout: Layout, shardings: TrainState, *, with_history: bool) -> Any:
+    """`train_step` compiled for a mesh: (state, batch, autoencoder, constants, key, votes) -> (state, metrics). The state is given away.
+
+    `votes` (`Layout.votes`) are to stop behind this step; metrics say in `stop` whether there was one, the same to every process."""
+
+    def step(state, batch, autoencoder, constants, key, votes):
+        after, metrics = train_step(config, state, batch, autoencoder, constants, key, with_history=with_history, layout=layout)
+        return after, metrics | {"stop": votes.max()}
+
+    return jax.jit(step, out_shardings=(shardings, layout.whole), donate_argnums=0)

@@ -28,8 +28,8 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 # Shapes and types, as annotated, are checked at every call. Not in the config, which says itself what is wrong with a value,
 # nor in the loader, whose functions travel to worker processes, nor in sharding, where tests put other things for devices.
-TOP = ["checkpoint", "evaluation", "flow", "models", "pipeline", "rendering", "sampler", "train_state"]
-DATA = ["augment", "bundle", "clips", "detectors", "drawing", "encoding", "faces", "files", "inputs", "liveportrait", "polygons", "preview", "report"]
+TOP = ["checkpoint", "evaluation", "files", "flow", "journal", "models", "pipeline", "rendering", "sampler", "train_state"]
+DATA = ["augment", "bundle", "clips", "detectors", "drawing", "encoding", "faces", "inputs", "liveportrait", "polygons", "preview", "report"]
 DATA += ["shots", "stills", "streams", "synthetic", "timing", "video"]
 install_import_hook([f"svdp_jax.{name}" for name in TOP] + [f"svdp_jax.data.{name}" for name in DATA], "typechecker.check")
 
@@ -137,22 +137,21 @@ def python():
 
 
 @pytest.fixture(scope="session")
-def eight_devices(tmp_path_factory) -> dict:
-    """What tests/eight_devices.py has found out."""
+def eight_devices(tmp_path_factory):
+    """eight_devices(cases): what tests/eight_devices.py finds out about them."""
     flags = "--xla_force_host_platform_device_count=8"
     variables = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    script = [sys.executable, str(ROOT / "tests" / "eight_devices.py"), str(tmp_path_factory.mktemp("eight"))]
-    result = subprocess.run(script, capture_output=True, text=True, env=variables, cwd=ROOT)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+
+    def call(*cases: str) -> dict:
+        script = [sys.executable, str(ROOT / "tests" / "eight_devices.py"), str(tmp_path_factory.mktemp("eight")), *cases]
+        result = subprocess.run(script, capture_output=True, text=True, env=variables, cwd=ROOT)
+        assert result.returncode == 0, result.stderr[-3000:]
+        return json.loads(result.stdout.splitlines()[-1])
+
+    return call
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """What needs eight devices is slow: on two cores, eight virtual devices compile and run for minutes.
-
-    Files that take minutes come first, so that processes end at about the same time."""
-    for item in items:
-        if "eight_devices" in item.fixturenames:
-            item.add_marker(pytest.mark.slow)
+    """Files that take minutes come first, so that processes end at about the same time."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))

@@ -16,6 +16,7 @@ from svdp_jax.data import clips, faces, loader, video
 from svdp_jax.types import Batch
 
 COUNT, FRAMES, SIZE = 7, 14, 32
+BATCH = 4
 STEP = 15  # grey levels from one clip or frame to the next, many times what compression costs
 FACE = np.random.default_rng(0).uniform(6, 20, (68, 2)).astype(np.float32)
 
@@ -44,7 +45,7 @@ def data(tmp_path_factory) -> DataConfig:
 
 def take(count: int, data: DataConfig, **options) -> list[Batch]:
     """The first `count` batches; the stream is closed after them."""
-    stream = loader.batches(data, **{"split": "train", "seed": 3, "batch": 4, **options})
+    stream = loader.batches(data, **{"split": "train", "seed": 3, "batch": BATCH, **options})
     taken = [next(stream) for _ in range(count)]
     stream.close()
     return taken
@@ -138,11 +139,17 @@ def test_data_do_not_depend_on_threads_workers_or_processes(data):
     straight = take(6, data, threads=1)
     assert_same(take(6, data, threads=4), straight)
     workers = dataclasses.replace(data, workers=2)
-    assert_same(take(4, workers, start_step=2), straight[2:])  # resumed with workers after two steps of threads
-    for count in (2, 4):
-        shares = [take(6, data, process_index=index, process_count=count) for index in range(count)]
-        joined = [Batch(*map(np.concatenate, zip(*parts, strict=True))) for parts in zip(*shares, strict=True)]
+    assert_same(take(4, workers, start_sample=2 * BATCH), straight[2:])  # resumed with workers after two steps of threads
+    for rows in ([[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 2], [1, 3]]):  # of each process; the last as where a mesh is interleaved
+        shares = [take(6, data, rows=own) for own in rows]
+        joined = [Batch(*(np.concatenate(arrays)[np.argsort(sum(rows, []))] for arrays in zip(*parts, strict=True))) for parts in zip(*shares, strict=True)]
         assert_same(joined, straight)
+
+
+def test_a_data_set_may_be_smaller_than_a_batch(data):
+    (batch,) = take(1, data, batch=2 * COUNT + 2)
+    counts = np.bincount(clip_numbers(batch.source), minlength=COUNT)
+    assert counts.min() == 2 and counts.max() <= 3 + 1
 
 
 def test_batch_size_only_divides_the_same_samples(data):
@@ -152,7 +159,7 @@ def test_batch_size_only_divides_the_same_samples(data):
 
 
 def test_resume_goes_on_exactly(data):
-    assert_same(take(4, data, start_step=3), take(7, data)[3:])
+    assert_same(take(4, data, start_sample=3 * BATCH), take(7, data)[3:])
 
 
 def test_an_epoch_has_every_clip_once_and_its_own_order(data):
@@ -254,11 +261,6 @@ def test_what_is_no_dataset_is_told_at_once(tmp_path, data):
         loader.batches(DataConfig(), split="train", seed=0, batch=1)
     with pytest.raises(ConfigError, match=r"has the splits \['train'\], not 'validation'"):
         loader.batches(data, split="validation", seed=0, batch=1)
-
-
-def test_a_batch_that_processes_cannot_share(data):
-    with pytest.raises(ConfigError, match="train.batch=6 must be a multiple of the number of processes, 4"):
-        loader.batches(data, split="train", seed=0, batch=6, process_count=4)
 
 
 def test_whole_clip(data):

@@ -9,7 +9,7 @@ import pytest
 
 from svdp_jax.config import ConfigError
 from svdp_jax.data import clips, parts, synthetic
-from svdp_jax.data.files import MediaError
+from svdp_jax.files import MediaError
 
 PIECES = [f"{number}" for number in range(8)]
 

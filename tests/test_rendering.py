@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 
-from svdp_jax import rendering
+from svdp_jax import files, rendering
 from svdp_jax.config import ConfigError
-from svdp_jax.data import files
 from svdp_jax.pipeline import Window
 
 

@@ -1,14 +1,18 @@
 """train.py as a user calls it: what it writes, that a resumed run is the same run, and one line for a mistake."""
 
 import json
+import os
+import shutil
+import signal
 
 import imageio.v3 as iio
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import CHEAP, ROOT
 
-from svdp_jax import checkpoint, pipeline, train_state
+from svdp_jax import checkpoint, journal, pipeline, train_state
 
 
 def metrics_of(workdir):
@@ -19,7 +23,8 @@ def test_training_writes_what_others_rely_on(workdir, dataset):
     lines = metrics_of(workdir)
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
     for line in lines:
-        assert {"step", "loss", "grad_norm", "seconds", "data_wait"} <= set(line)
+        assert {"step", "loss", "grad_norm", "bad", "seconds", "data_wait", "tflops"} <= set(line)
+        assert any(name.startswith("loss_t/") for name in line)
         assert np.isfinite(list(line.values())).all()
         assert 0 <= line["data_wait"] <= 1
     assert json.loads((workdir / "config.json").read_text())["data"]["path"] == str(dataset)
@@ -41,12 +46,27 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(workdir, train_tiny, tmp_path
         assert [one[name] for name in ("step", "loss", "grad_norm")] == [other[name] for name in ("step", "loss", "grad_norm")]
 
 
+def test_sigterm_saves_and_ends_well(workdir, train_tiny, tmp_path, monkeypatch, capsys):
+    add = journal.Journal.add
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "add", lambda self, step, *rest: step == 2 and os.kill(os.getpid(), signal.SIGTERM) or add(self, step, *rest))
+        train_tiny(tmp_path / "run")
+    saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+    assert 3 <= max(saved) <= 5 and f"step {max(saved)}: " in capsys.readouterr().out.splitlines()[-1]
+    train_tiny(tmp_path / "run")
+    straight, again = (checkpoint.load_tree(path / "checkpoints" / "8" / "state") for path in (workdir, tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, straight, again)
+    for one, other in zip(metrics_of(workdir), metrics_of(tmp_path / "run"), strict=True):
+        assert [one[name] for name in ("step", "loss", "grad_norm")] == [other[name] for name in ("step", "loss", "grad_norm")]
+
+
 def test_a_run_without_history_has_no_second_stage(train_tiny, tmp_path, monkeypatch):
     compiled = []
 
-    def counts(config, state, *_, with_history):
+    def counts(config, state, *_, with_history, layout):
         compiled.append(with_history)
-        return state.replace(step=state.step + 1), {"loss": state.step, "grad_norm": state.step}
+        metrics = dict.fromkeys(("loss", "grad_norm"), state.step) | {"bad": state.bad, "loss_sums": jnp.ones(5), "samples": jnp.ones(5)}
+        return state.replace(step=state.step + 1), metrics
 
     monkeypatch.setattr(train_state, "train_step", counts)
     monkeypatch.setattr(pipeline, "contact_sheet", lambda *_: np.zeros((8, 8, 3), np.uint8))
@@ -109,3 +129,136 @@ def test_another_network_is_no_start(script, workdir, dataset, tmp_path):
     assert "model.width=64 (checkpoint: 32), autoencoder.scale=2.0 (checkpoint: 1.0)" in err
     status, _, err = script("train.py", *given, "--train.init-from", tmp_path / "nowhere")
     assert status == 2 and "is not a checkpoint" in err and len(err.splitlines()) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------- faults
+
+
+@pytest.fixture
+def train(script, dataset):
+    """train(workdir, *flags): (exit status, output, errors) of train.py on configs/tiny.py."""
+
+    def call(workdir, *flags):
+        given = ["--config", ROOT / "configs" / "tiny.py", "--workdir", workdir, "--data.path", dataset, *CHEAP]
+        return script("train.py", *given, *flags)
+
+    return call
+
+
+def error_of(run):
+    status, _, err = run
+    assert status == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in err
+    return line
+
+
+@pytest.fixture
+def begun(workdir, tmp_path):
+    """A copy of the finished run that has done four of its eight steps."""
+    copy = tmp_path / "begun"
+    shutil.copytree(workdir, copy)
+    shutil.rmtree(copy / "checkpoints" / "8")
+    return copy
+
+
+def test_another_network_does_not_go_on(train, begun):
+    assert "holds a run of another network: model.width=64 (so far: 32)" in error_of(train(begun, "--model.width", 64))
+    assert "model.prediction=velocity (so far: x0)" in error_of(train(begun, "--model.prediction", "velocity")), "though every shape is the same"
+
+
+def test_other_settings_are_told_and_go_on(train, begun, recwarn):
+    status, _, err = train(begun, "--train.learning-rate", "2e-3", "--train.log-every", 1, "--train.stop-at", 5)
+    assert status == 0
+    (said,) = [str(warning.message) for warning in recwarn if "goes on with" in str(warning.message)]
+    assert said == "the run goes on with train.learning_rate=0.002 (so far: 0.001)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["cut off", "gone", "empty"])
+@pytest.mark.parametrize("part", ["state/manifest.ocdbt", "state/_METADATA", "state/ocdbt.process_0/d/*", "state/d/*", "run/metadata"])
+def test_a_checkpoint_that_is_damaged_is_no_beginning(begun, dataset, python, part, damage):
+    for path in (begun / "checkpoints" / "4").glob(part):
+        if damage == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if damage == "cut off" else 0])
+    before = (begun / "metrics.jsonl").read_text()
+    # In a process of its own, for what orbax leaves behind where it fails disturbs all that comes later in it.
+    given = ["--config", ROOT / "configs" / "tiny.py", "--workdir", begun, "--data.path", dataset, "--train.stop-at", 5]
+    done = python("train.py", *given, *CHEAP)
+    assert "checkpoints/4 cannot be read" in error_of((done.returncode, done.stdout, done.stderr)), done.stderr
+    assert (begun / "metrics.jsonl").read_text() == before
+
+
+def test_steps_under_another_name_are_no_empty_folder(train, begun):
+    (begun / "checkpoints" / "4").rename(begun / "checkpoints" / "4.old")
+    assert "holds 4.old, which is no step of training" in error_of(train(begun))
+
+
+@pytest.mark.parametrize("place", ["workdir", "checkpoints"])
+def test_a_workdir_that_cannot_be_written_is_one_line(train, tmp_path, place):
+    blocked = tmp_path / "run" / place if place == "checkpoints" else tmp_path / "run"
+    blocked.parent.mkdir(exist_ok=True)
+    blocked.write_text("a file is in the way")
+    assert "cannot be written" in error_of(train(tmp_path / "run"))
+
+
+def test_ten_steps_that_are_not_finite_end_the_run_and_keep_its_checkpoint(train, begun, monkeypatch):
+    state = checkpoint.load_tree(begun / "checkpoints" / "4" / "state")
+    step = train_state.train_step
+
+    def nothing(config, state, *inputs, **how):
+        after, metrics = step(config, state, *inputs, **how)
+        return state.replace(step=after.step, bad=state.bad + 1), metrics | {"loss": metrics["loss"] * jnp.nan, "bad": state.bad + 1}
+
+    monkeypatch.setattr(train_state, "train_step", nothing)
+    said = error_of(train(begun, "--train.steps", 40, "--train.checkpoint-every", 100, "--train.log-every", 5))
+    assert "step 14: loss or gradient was not finite for 10 steps in a row" in said and "keeps the checkpoint of step 4" in said
+    jax.tree.map(np.testing.assert_array_equal, state, checkpoint.load_tree(begun / "checkpoints" / "4" / "state"))
+    assert [line["step"] for line in metrics_of(begun)] == [2, 4, 5, 10] and "loss" not in metrics_of(begun)[-1]
+
+
+@pytest.mark.slow
+def test_a_data_set_may_be_smaller_than_a_batch(train, tmp_path):
+    status, _, err = train(tmp_path / "run", "--train.batch", 8, "--train.steps", 1)  # of six clips
+    assert status == 0, err
+
+
+@pytest.mark.slow
+def test_steps_are_kept_for_good(train, workdir, tmp_path):
+    status, _, err = train(tmp_path / "run", "--train.checkpoint-every", 1, "--train.keep", 1, "--train.keep-every", 3)
+    assert status == 0, err
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()} == {"3", "6", "8"}
+
+
+@pytest.mark.slow
+def test_a_trace_of_some_steps_is_written(train, tmp_path):
+    status, _, err = train(tmp_path / "run", "--train.profile", "2:3", "--train.steps", 4)
+    assert status == 0, err
+    (trace,) = (tmp_path / "run" / "profile" / "plugins" / "profile").glob("*/*.xplane.pb")
+    profile = jax.profiler.ProfileData.from_file(str(trace))
+    names = {event.name for plane in profile.planes for line in plane.lines for event in line.events}
+    assert "train" in names
+
+
+@pytest.mark.slow
+def test_what_a_device_is_at_is_never_waited_for(monkeypatch, train, tmp_path):
+    """Metrics of a step are read when the next one has been given to the device."""
+    order, add = [], journal.Journal.add
+    make_step = train_state.make_step
+
+    def told(*arguments, **options):
+        step = make_step(*arguments, **options)
+
+        def call(state, *inputs):
+            order.append("given")
+            return step(state, *inputs)
+
+        return call
+
+    monkeypatch.setattr(train_state, "make_step", told)
+    monkeypatch.setattr(journal.Journal, "add", lambda self, step, *rest: order.append(step) or add(self, step, *rest))
+    status, _, err = train(tmp_path / "run", "--train.checkpoint-every", 100, "--train.steps", 5)
+    assert status == 0, err
+    assert order == ["given", "given", 1, "given", 2, "given", 3, "given", 4, 5]

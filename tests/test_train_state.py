@@ -156,6 +156,80 @@ def test_the_decay_of_the_ema_settles():
     np.testing.assert_allclose([train_state.ema_decay(train, jnp.int32(step)) for step in (0, 8, 100_000)], [0.1, 0.5, 0.99], rtol=1e-6)
 
 
+def with_train(**changes):
+    return dataclasses.replace(RUN, train=dataclasses.replace(RUN.train, **changes))
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_batch_add_up_to_the_whole(setting):
+    state, batch, autoencoder, constants = setting
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradient(config, state):
+        draws = train_state.draw(config, 2, jax.random.key(0), with_history=True)
+        return train_state.gradient(config, state.params, batch, draws, autoencoder, constants, with_history=True)
+
+    (whole, metrics), (parts, metrics_of_parts) = (gradient(with_train(accumulation=count), state) for count in (1, 2))
+    for ours, theirs in zip(jax.tree.leaves((parts, metrics_of_parts)), jax.tree.leaves((whole, metrics)), strict=True):
+        assert jnp.linalg.norm(ours - theirs) <= 1e-5 * jnp.linalg.norm(theirs)
+    after, _ = step_of(with_train(accumulation=2), state, batch, autoencoder, constants, jax.random.key(0), with_history=True)
+    once, _ = take_step(setting)
+    assert after.step == 1 and after.opt_state[1].count == 1
+    for ours, theirs, start in zip(*(jax.tree.leaves(tree.ema) for tree in (after, once, state)), strict=True):
+        assert jnp.linalg.norm(ours - theirs) <= 1e-2 * jnp.linalg.norm(theirs - start) + 1e-7, "the EMA ticks once"
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_its_count(setting):
+    state, batch, autoencoder, constants = setting
+    broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), autoencoder)
+    for count in 1, 2:
+        state, metrics = step_of(RUN, state, batch, broken, constants, jax.random.key(0), with_history=True)
+        assert not np.isfinite(metrics["loss"]) and state.step == state.bad == metrics["bad"] == count
+        assert equal(state.replace(step=0, bad=0), setting[0].replace(step=0, bad=0))
+    state, metrics = take_step(setting, state=state)
+    assert state.bad == metrics["bad"] == 0 and np.isfinite(metrics["loss"]) and not equal(state.params, setting[0].params)
+
+
+def test_a_gradient_that_is_not_finite_is_one_too(setting, monkeypatch):
+    state, batch, autoencoder, constants = setting
+    infinite = lambda *_, **__: (like(state.params, jnp.inf), {"loss": jnp.float32(1)})
+    monkeypatch.setattr(train_state, "gradient", infinite)
+    after, _ = train_state.train_step(RUN, state, batch, autoencoder, constants, jax.random.key(0), with_history=True)
+    assert after.bad == 1 and equal(after.params, state.params)
+
+
+@pytest.mark.slow
+def test_noise_on_history_is_of_the_second_stage_alone(setting):
+    draw = lambda noise, stage: train_state.draw(with_train(history_noise=noise), 2, jax.random.key(0), with_history=stage)
+    assert draw(0.0, True).history is None and draw(0.5, False).history is None
+    assert equal(draw(0.5, True)._replace(history=None), draw(0.0, True)), "nothing else is drawn otherwise"
+    state, batch, autoencoder, constants = setting
+    noisy, _ = step_of(with_train(history_noise=0.5), state, batch, autoencoder, constants, jax.random.key(0), with_history=True)
+    assert not equal(noisy.params, take_step(setting)[0].params)
+
+
+def test_noise_on_history_is_up_to_as_strong_as_asked():
+    spread = train_state.draw(with_train(history_noise=0.5), 64, jax.random.key(0), with_history=True).history.std(axis=(1, 2, 3, 4))
+    assert 0 <= spread.min() < 0.05 and 0.45 < spread.max() < 0.52 and abs(spread.mean() - 0.25) < 0.06
+
+
+def test_levels_are_drawn_as_often_as_asked():
+    shares = LevelConfig(nothing=0.1, source=0.2, driving=0.3, history=0.4)
+    config = dataclasses.replace(RUN, train=dataclasses.replace(RUN.train, stage2=shares), data=dataclasses.replace(RUN.data, size=8, frames=1, history=0))
+    levels = jax.jit(lambda key: train_state.draw(config, 20_000, key, with_history=True).level)(jax.random.key(0))
+    found = np.bincount(levels, minlength=4) / len(levels)
+    np.testing.assert_allclose(found, shares.probabilities, atol=5 * np.sqrt(0.25 / len(levels)))
+
+
+def test_the_loss_is_told_apart_by_noise(setting, monkeypatch):
+    state, batch, autoencoder, constants = setting
+    draws = train_state.draw(RUN, 2, jax.random.key(0), with_history=True)._replace(t=jnp.array([0.05, 0.999]))
+    _, metrics = train_state.loss_fn(RUN, state.params, batch, draws, autoencoder, constants, with_history=True)
+    np.testing.assert_array_equal(metrics["samples"], [1, 0, 0, 0, 1])
+    np.testing.assert_allclose(metrics["loss_sums"].sum() / 2, metrics["loss"], rtol=1e-6)
+    assert metrics["loss_sums"][0] > 0 and metrics["loss_sums"][4] > 0
+
+
 def test_loss_falls_on_a_repeated_batch(setting):
     state, losses = train_state.init_state(TINY, fresh_params()), []
     for _ in range(40):
@@ -185,5 +259,6 @@ def test_a_step_of_the_full_model_keeps_shapes_and_types(with_history):
 
     step = functools.partial(train_state.train_step, config, with_history=with_history)
     after, metrics = jax.eval_shape(step, state, batch, autoencoder, constants, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves((after.params, after.ema, after.opt_state[1].mu, after.opt_state[1].nu))} == {np.dtype(np.float32)}
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
     assert metrics["loss"].shape == ()

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
+from jax.ad_checkpoint import checkpoint_name
 from tiny_network import TINY, draw_inputs, fresh_params, redrawn
 
 from svdp_jax import train_state
 from svdp_jax.config import Config, ModelConfig
-from svdp_jax.models import tokens
+from svdp_jax.models import parallel, tokens
 from svdp_jax.models.blocks import JointBlock, Layer, Shared, Streams, TemporalBlock
 from svdp_jax.models.layers import Modulation, layer_norm, rms_norm, sinusoid
 from svdp_jax.models.transformer import Transformer, layer_groups
@@ -383,10 +384,39 @@ def test_only_the_last_layer_leaves_history_and_text_alone(network, moment):
 # ------------------------------------------------------------------------------------------------- memory and precision
 
 
-def test_rematerialisation_changes_nothing(network):
+@pytest.mark.parametrize("remat", ["full", pytest.param("attention", marks=pytest.mark.slow), pytest.param("offload", marks=pytest.mark.slow)])
+def test_rematerialisation_changes_nothing(network, remat):
     level = tokens.HISTORY
-    ours = run_pass(dataclasses.replace(MODEL, remat="full"), network.params, network[1:5], level, network.weights * only(level))
+    ours = run_pass(dataclasses.replace(MODEL, remat=remat), network.params, network[1:5], level, network.weights * only(level))
     assert_close(ours, network.passes[level], 2e-5)
+
+
+@pytest.mark.slow
+def test_attention_is_not_done_again_where_it_is_kept(network, monkeypatch):
+    """Of a kernel that has a backward pass of its own, which looks at what the forward pass has put out."""
+
+    @jax.custom_vjp
+    def kernel(q, k, v):
+        return forward(q, k, v)[0]
+
+    def forward(q, k, v):
+        out = jax.lax.erf_inv(q + k.mean() + v.mean())  # stands for it: nothing else in the network does this
+        out = checkpoint_name(out, "attention")
+        return out, (out, k, v)
+
+    def backward(kept, gradient):
+        out, k, v = kept
+        return gradient * out, k * gradient.mean(), v * gradient.mean()
+
+    kernel.defvjp(forward, backward)
+    monkeypatch.setattr(parallel, "attention", lambda q, k, v, lengths=None, *, backend: kernel(q, k, v))
+
+    def kernels(remat):
+        model = dataclasses.replace(MODEL, remat=remat)
+        return str(jax.make_jaxpr(jax.grad(lambda params: model.apply({"params": params}, *network[1:5]).sum()))(network.params)).count(" erf_inv ")
+
+    assert kernels("none") > 4
+    assert kernels("full") == 2 * kernels("none") and kernels("attention") == kernels("none")
 
 
 def test_bfloat16_is_close_to_float32(network):

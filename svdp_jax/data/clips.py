@@ -27,8 +27,9 @@ from google.protobuf.message import DecodeError
 from jaxtyping import Float, UInt8
 from tensorflow_datasets.core import example_serializer
 
+from svdp_jax import files
 from svdp_jax.config import ConfigError
-from svdp_jax.data import files, video
+from svdp_jax.data import video
 
 NAME = "clips"
 CRF = 10  # visually lossless: the model should not learn the marks of a codec

@@ -21,9 +21,9 @@ import numpy as np
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from jaxtyping import UInt8
 
-from svdp_jax.data.files import MediaError, one_line
 from svdp_jax.data.streams import READ_ERRORS, moving
 from svdp_jax.data.timing import declared_end
+from svdp_jax.files import MediaError, one_line
 
 METADATA_KEYS = ("title", "artist", "comment", "description", "copyright", "date", "genre", "synopsis")  # those an mp4 keeps
 _BT709 = 1  # the number that H.264 has for the colours of HD video

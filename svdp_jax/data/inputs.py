@@ -17,8 +17,9 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from tqdm import tqdm
 
+from svdp_jax import files
 from svdp_jax.config import DataConfig
-from svdp_jax.data import detectors, faces, files, video
+from svdp_jax.data import detectors, faces, video
 
 
 class Inputs(NamedTuple):

@@ -20,8 +20,9 @@ import imageio.v3 as iio
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from svdp_jax import files
 from svdp_jax.config import ConfigError
-from svdp_jax.data import clips, faces, files, video
+from svdp_jax.data import clips, faces, video
 
 FLAGS = ("--no_flag_relative_motion", "--no_flag_do_crop", "--no_flag_pasteback", "--no_flag_stitching", "--no_flag_crop_driving_video")
 SECONDS = 1800  # that one run may take

@@ -15,7 +15,7 @@ import functools
 import logging
 import sys
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import cv2
 import grain
@@ -44,33 +44,28 @@ def batches(
     split: str,
     seed: int,
     batch: int,
-    start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    start_sample: int = 0,
+    rows: Sequence[int] | None = None,
     threads: int = 2,
 ) -> Generator[Batch, None, None]:
-    """Batches of `split` from step `start_step` on, without end; epochs follow each other, each in its own order.
+    """Batches of `split` from sample `start_sample` on, without end; epochs follow each other, each in its own order.
 
-    `batch` counts the samples of a step over all processes; this one gets its share, samples
-    [process_index * batch / process_count, ...) of each. `threads` threads decode ahead, or `data.workers` processes if
+    `batch` counts the samples of a step over all processes, of which this one gets `rows` (all, if not given). `threads` threads decode ahead, or `data.workers` processes if
     there are any (then the caller's script needs `if __name__ == "__main__"`). `close()` ends them.
 
-    No dataset, or one that does not suit `data`, or a batch that cannot be divided: ConfigError, before any batch."""
-    if batch % process_count:
-        raise ConfigError(f"train.batch={batch} must be a multiple of the number of processes, {process_count}")
+    No dataset, or one that does not suit `data`: ConfigError, before any batch."""
     if not data.path:
         raise ConfigError(f"data.path is not set; {clips_lib.MAKE.format('DIR')}, then set data.path=DIR")
     clips = clips_lib.open_clips(data.path, split=split)
     _check_first(clips, data)
-    share = batch // process_count
+    rows = range(batch) if rows is None else rows
     make = Samples(clips, data, seed=seed)
 
     def at_step(step: int) -> tuple[Batch, list[Corrupt]]:
-        first = step * batch + process_index * share
-        samples, corrupt = zip(*(make(first + i) for i in range(share)), strict=True)
+        samples, corrupt = zip(*(make(start_sample + step * batch + row) for row in rows), strict=True)
         return Batch(*map(_stack, zip(*samples, strict=True))), [record for records in corrupt for record in records]
 
-    dataset = grain.MapDataset.range(start_step, sys.maxsize).map(at_step)
+    dataset = grain.MapDataset.range(sys.maxsize).map(at_step)
     if data.workers == 0:
         ahead = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
     else:

@@ -28,10 +28,11 @@ from typing import Any, NamedTuple, Protocol
 from array_record.python import array_record_module
 from tqdm import tqdm
 
+from svdp_jax import files
 from svdp_jax.config import ConfigError
-from svdp_jax.data import clips, files, report, workers
-from svdp_jax.data.files import MediaError
+from svdp_jax.data import clips, report, workers
 from svdp_jax.data.report import Row
+from svdp_jax.files import MediaError
 
 SHARD_BYTES = 2**28  # about so much goes into a shard; a record is never divided
 PATIENCE = 5  # pieces in a row that may fail, until it is the machine that is mended

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from svdp_jax.data import files
+from svdp_jax import files
 
 Row = dict[str, Any]
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from svdp_jax.data.files import MediaError, one_line
+from svdp_jax.files import MediaError, one_line
 
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")  # images whose further ones are frames; those of other formats are pages or previews
 

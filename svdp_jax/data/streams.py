@@ -12,7 +12,7 @@ from fractions import Fraction
 import av
 from av.stream import Disposition
 
-from svdp_jax.data.files import MediaError, one_line
+from svdp_jax.files import MediaError, one_line
 
 READ_ERRORS = (av.error.FFmpegError, OSError)  # of av, whether it reads or writes
 MOST_PIXELS = 1 << 26  # of a frame of video: 8192x8192

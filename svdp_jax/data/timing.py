@@ -17,8 +17,8 @@ import av
 import numpy as np
 
 from svdp_jax.data import stills
-from svdp_jax.data.files import MediaError
 from svdp_jax.data.streams import READ_ERRORS, moving, open_video
+from svdp_jax.files import MediaError
 
 STILL_FPS = Fraction(25)  # of a still image, taken as a video of one frame
 _MOST_FPS = 1000

@@ -24,8 +24,8 @@ from jaxtyping import UInt8
 
 from svdp_jax.data import stills, streams
 from svdp_jax.data.encoding import CONVERSION, KEY_EVERY, METADATA_KEYS, decode, encode, write_video
-from svdp_jax.data.files import MediaError
 from svdp_jax.data.timing import STILL_FPS, timing_of
+from svdp_jax.files import MediaError
 
 __all__ = ["KEY_EVERY", "METADATA_KEYS", "STILL_FPS", "MediaError", "VideoInfo", "at_rate", "decode", "encode"]
 __all__ += ["probe", "read_frames", "read_image", "write_video"]

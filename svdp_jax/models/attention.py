@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+ATTENTION = "attention"  # the name of what attention puts out and its backward pass looks at, for rematerialisation
 Backend = Literal["auto", "plain", "chunked", "cudnn", "pallas"]
 
 # Scores (B G N Q K) up to which they stand in memory all at once. A CPU's cache holds 4 MB of float32, and a loop over
@@ -187,6 +188,7 @@ def _pallas(q: Array, k: Array, v: Array, lengths: Array | None) -> Array:
         ),
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name=ATTENTION,
     )
     by_group = jax.vmap(kernel, in_axes=(0, 0, 0, None))  # the groups of a sample share its segments
     out = jax.vmap(by_group)(*(jnp.swapaxes(x, 2, 3) for x in (q, k, v)), segments)  # [B, G, N, S, H]

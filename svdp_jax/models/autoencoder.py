@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from svdp_jax.config import AutoencoderConfig, ConfigError
 from svdp_jax.models.attention import attention
@@ -27,7 +26,7 @@ def make_autoencoder(config: AutoencoderConfig, *, dtype: DTypeLike = jnp.float3
     """The autoencoder of `config.kind`; `dtype` is that of KL's convolutions (its norms and all of the linear one are float32).
 
     params = make_autoencoder(config).init(key, frames)["params"]
-    latents = model.apply({"params": params}, frames, key, method="encode")
+    latents = model.apply({"params": params}, frames, noise, method="encode")
     frames = model.apply({"params": params}, latents, method="decode")
     """
     return LinearAutoencoder(config) if config.kind == "linear" else KLAutoencoder(config, dtype)
@@ -56,12 +55,12 @@ class KLAutoencoder(nn.Module):
     def __call__(self, frames: Float[Array, "*lead H W 3"]) -> Float[Array, "*lead H W 3"]:
         return self.decode(self.encode(frames))
 
-    def encode(self, frames: Float[Array, "*lead H W 3"], key: PRNGKeyArray | None = None) -> Float[Array, "*lead h w C"]:
-        """Latents of frames: the mode of their distribution, or a sample of it where a key is given."""
+    def encode(self, frames: Float[Array, "*lead H W 3"], noise: Float[Array, "*lead h w C"] | None = None) -> Float[Array, "*lead h w C"]:
+        """Latents of frames: the mode of their distribution, or, with standard normal `noise`, a sample of it."""
         _check_size(self.config, frames.shape)
         moments = self.encoder(frames.reshape(-1, *frames.shape[-3:]).astype(self.dtype)).astype(jnp.float32)
         mean, log_variance = jnp.split(moments.reshape(*frames.shape[:-3], *moments.shape[1:]), 2, axis=-1)
-        z = mean if key is None else sample(key, mean, log_variance)
+        z = mean if noise is None else sample(mean, log_variance, noise)
         return (z - self.config.shift) * self.config.scale
 
     def decode(self, latents: Float[Array, "*lead h w C"]) -> Float[Array, "*lead H W 3"]:
@@ -71,9 +70,11 @@ class KLAutoencoder(nn.Module):
         return frames.reshape(*latents.shape[:-3], *frames.shape[1:])
 
 
-def sample(key: PRNGKeyArray, mean: Float[Array, "*lead h w C"], log_variance: Float[Array, "*lead h w C"]) -> Float[Array, "*lead h w C"]:
+def sample(
+    mean: Float[Array, "*lead h w C"], log_variance: Float[Array, "*lead h w C"], noise: Float[Array, "*lead h w C"]
+) -> Float[Array, "*lead h w C"]:
     """mean + std * noise, with the log-variance clipped as in training of the released weights."""
-    return mean + jnp.exp(0.5 * jnp.clip(log_variance, -30, 20)) * jax.random.normal(key, mean.shape, mean.dtype)
+    return mean + jnp.exp(0.5 * jnp.clip(log_variance, -30, 20)) * noise
 
 
 class Encoder(nn.Module):
@@ -196,9 +197,9 @@ class LinearAutoencoder(nn.Module):
     def __call__(self, frames: Float[Array, "*lead H W 3"]) -> Float[Array, "*lead H W 3"]:
         return self.decode(self.encode(frames))
 
-    def encode(self, frames: Float[Array, "*lead H W 3"], key: PRNGKeyArray | None = None) -> Float[Array, "*lead h w C"]:
-        """Latents of frames. `key` is there for the interface: this code has no variance, so a sample is the mode."""
-        del key
+    def encode(self, frames: Float[Array, "*lead H W 3"], noise: Float[Array, "*lead h w C"] | None = None) -> Float[Array, "*lead h w C"]:
+        """Latents of frames. `noise` is there for the interface: this code has no variance, so a sample is the mode."""
+        del noise
         _check_size(self.config, frames.shape)
         z = (patches(frames.astype(jnp.float32), self.config.patch) - self.mean) @ self.components
         return (z - self.config.shift) * self.config.scale

@@ -12,14 +12,19 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from svdp_jax.config import ModelConfig
-from svdp_jax.models.attention import Backend, attention
+from svdp_jax.models.attention import Backend
 from svdp_jax.models.layers import MLP, QKV, Modulation, Output, layer_norm, modulate
+from svdp_jax.models.parallel import Heads, across_frames, within_frames
+from svdp_jax.sharding import Layout
 
 Kind = Literal["dual", "plain", "last"]
+LAYER_INPUT = "layer_input"  # the name of a layer's input, for rematerialisation
 
 
 class Streams(NamedTuple):
@@ -52,35 +57,29 @@ class TemporalBlock(nn.Module):
     config: ModelConfig
     backend: Backend
     update_history: bool  # whether history tokens ask, too
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(self, z: Float[Array, "B F S D"], history: Float[Array, "B P S D"] | None, shared: Shared):
-        config, frames, tokens = self.config, z.shape[1], z.shape[2]
+        config = self.config
         modulation = Modulation(config, chunks=3, gate=(2, config.temporal_gate), name="modulation")
-        shift, scale, gate = modulation(shared.c)
-        joined = modulate(layer_norm(z), shift, scale) + shared.frame_code[:, None]
-        if history is not None:
-            shift, scale, history_gate = modulation(shared.c_history)
-            clean = modulate(layer_norm(history), shift, scale) + shared.history_code[:, None]
-            joined = jnp.concatenate([joined, clean], axis=1)  # [B, F+P, S, D]
-        q, k, v = QKV(config, name="qkv")(joined.astype(config.dtype))
-        if not self.update_history:
-            q = q[:, :frames]
+        qkv, output = QKV(config, name="qkv"), Output(config, name="out")
 
-        kept = shared.kept_in_time
-        if config.temporal == "factorized":
-            q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # [B, S, F+P, N, H]
-            out = attention(q, k, v, None if kept is None else kept // tokens, backend=self.backend)
-            out = jnp.swapaxes(out, 1, 2)
-        else:
-            asking = q.shape
-            q, k, v = (x.reshape(x.shape[0], 1, -1, *x.shape[3:]) for x in (q, k, v))  # [B, 1, (F+P)*S, N, H]
-            out = attention(q, k, v, kept, backend=self.backend).reshape(asking)
-        out = Output(config, name="out")(out)
+        def heads(x, c, code):
+            shift, scale, gate = modulation(c)
+            seen = modulate(layer_norm(x), shift, scale) + code[:, None]
+            return Heads(*qkv(seen.astype(config.dtype))), gate
 
-        z = (z + gate * out[:, :frames]).astype(z.dtype)
-        if history is not None and self.update_history:
-            history = (history + history_gate * out[:, frames:]).astype(history.dtype)
+        asked, gate = heads(z, shared.c, shared.frame_code)
+        past, past_gate = heads(history, shared.c_history, shared.history_code) if history is not None else (None, None)
+        if past and not self.update_history:
+            past = past._replace(q=None)
+        factorized = config.temporal == "factorized"
+        out, past_out = across_frames(self.layout, asked, past, shared.kept_in_time, factorized=factorized, backend=self.backend)
+
+        z = (z + gate * output(out)).astype(z.dtype)
+        if past_out is not None:
+            history = (history + past_gate * output(past_out)).astype(history.dtype)
         return z, history
 
 
@@ -94,6 +93,7 @@ class JointBlock(nn.Module):
     config: ModelConfig
     kind: Kind
     backend: Backend
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(self, text: Float[Array, "B F T D"], image: Float[Array, "B F S D"], c: Float[Array, "B D"], kept: Int[Array, "B"] | None):
@@ -105,13 +105,13 @@ class JointBlock(nn.Module):
         image_qkv = QKV(config, name="image_qkv")(modulate(normed, *image_mod[:2]).astype(config.dtype))
         text_qkv = QKV(config, name="text_qkv")(modulate(layer_norm(text), *text_mod[:2]).astype(config.dtype))
         q, k, v = (jnp.concatenate(pair, axis=2) for pair in zip(text_qkv, image_qkv, strict=True))  # [B, F, T+S, N, H]
-        out = attention(image_qkv[0] if last else q, k, v, None if kept is None else kept + words, backend=self.backend)
+        out = within_frames(self.layout, image_qkv[0] if last else q, k, v, None if kept is None else kept + words, self.backend)
         image_out = out if last else out[:, :, words:]
 
         update = image_mod[2] * Output(config, name="image_out")(image_out)
         if self.kind == "dual":
             q, k, v = QKV(config, name="image_qkv2")(modulate(normed, *image_mod[6:8]).astype(config.dtype))
-            update += image_mod[8] * Output(config, name="image_out2")(attention(q, k, v, kept, backend=self.backend))
+            update += image_mod[8] * Output(config, name="image_out2")(within_frames(self.layout, q, k, v, kept, self.backend))
         image = _feed_forward(config, (image + update).astype(image.dtype), *image_mod[3:6], name="image_mlp")
         if not last:
             text = (text + text_mod[2] * Output(config, name="text_out")(out[:, :, :words])).astype(text.dtype)
@@ -131,17 +131,25 @@ class Layer(nn.Module):
     kind: Kind
     tokens: int  # per image, S
     backend: Backend
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(self, streams: Streams, shared: Shared) -> tuple[Streams, None]:
-        text, image, history_text, history = streams
+        text, image, history_text, history = jax.tree.map(lambda x: checkpoint_name(x, LAYER_INPUT), streams)
         tokens = self.tokens
-        temporal = TemporalBlock(self.config, self.backend, update_history=self.kind != "last", name="temporal")
+        temporal = TemporalBlock(self.config, self.backend, self.kind != "last", self.layout, name="temporal")
         z, history = temporal(image[:, :, :tokens], history, shared)
         image = jnp.concatenate([z, image[:, :, tokens:]], axis=2)
 
-        joint = JointBlock(self.config, self.kind, self.backend, name="joint")
+        joint = JointBlock(self.config, self.kind, self.backend, self.layout, name="joint")
         text, image = joint(text, image, shared.c, shared.kept_tokens)
         if history is not None and self.kind != "last":
             history_text, history = joint(history_text, history, shared.c_history, None)
-        return Streams(text, image, history_text, history), None
+        return place(self.layout, Streams(text, image, history_text, history)), None
+
+
+def place(layout: Layout | None, streams: Streams) -> Streams:
+    """Streams that lie as the layout wants them, so that nothing else is chosen for them."""
+    if layout is None:
+        return streams
+    return Streams(*(None if x is None else layout.constrain(x, "batch", "frames", "tokens", "width") for x in streams))

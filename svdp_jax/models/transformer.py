@@ -17,10 +17,29 @@ from jaxtyping import Array, Float
 
 from svdp_jax.config import ModelConfig
 from svdp_jax.models import tokens
-from svdp_jax.models.attention import Backend
-from svdp_jax.models.blocks import Kind, Layer, Shared, Streams
+from svdp_jax.models.attention import ATTENTION, Backend
+from svdp_jax.models.blocks import LAYER_INPUT, Kind, Layer, Shared, Streams, place
 from svdp_jax.models.layers import Modulation, dense, layer_norm, modulate, sinusoid
+from svdp_jax.models.parallel import padded
+from svdp_jax.sharding import Layout
 from svdp_jax.types import Conditions, Constants
+
+Remat = Literal["none", "full", "attention", "offload"]
+
+
+def _saves_attention(primitive, *_, **parameters) -> bool:
+    """What attention has put out, by its name, and of cuDNN, which has no names, all that its forward kernel has: else that runs again."""
+    return primitive.name.startswith("dot_product_attention_fwd") or parameters.get("name") == ATTENTION
+
+
+# What a layer's backward pass finds; the rest it computes again. With "none" it finds all.
+REMAT = {
+    "full": None,  # the layer's input
+    "attention": _saves_attention,  # besides, what attention has put out: over half of a layer's work is not done again
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # both, kept in the host's memory
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[ATTENTION, LAYER_INPUT], offload_src="device", offload_dst="pinned_host"
+    ),
+}
 
 TIME_FREQUENCIES = 128
 TIME_SCALE = 1000.0  # the network's clock, per unit of t
@@ -46,11 +65,13 @@ class Embedding(nn.Module):
 
 
 class Transformer(nn.Module):
-    """See the module's docstring. `remat="full"` recomputes each layer in the backward pass."""
+    """See the module's docstring. `remat` is what the backward pass of a layer computes again (REMAT)."""
 
     config: ModelConfig
     backend: Backend = "auto"
-    remat: Literal["none", "full"] = "none"
+    remat: Remat = "none"
+    layout: Layout | None = None  # of a mesh; None: one device
+    unroll: bool = False  # layers one after the other instead of scanned: slow to compile, but XLA's cost analysis sees them all
 
     @nn.compact
     def __call__(
@@ -102,11 +123,18 @@ class Transformer(nn.Module):
         streams = Streams(text, image, None, None)
         if history is not None:
             past = history.shape[1]
-            shared = shared._replace(c_history=clock(jnp.zeros_like(t)), history_code=number(jnp.arange(-past, 0)))
-            streams = streams._replace(history_text=text[:, :1].repeat(past, axis=1), history=embed(history) + positions[0])
+            frames_of_it = padded(self.layout, past)
+            if frames_of_it > past:  # frames that nobody sees, behind [z, history]
+                history = jnp.pad(history, ((0, 0), (0, frames_of_it - past), (0, 0), (0, 0), (0, 0)))
+                if level is None:
+                    shared = shared._replace(kept_in_time=jnp.full((batch,), (frames + past) * count))
+            shared = shared._replace(c_history=clock(jnp.zeros_like(t)), history_code=number(jnp.arange(-past, frames_of_it - past)))
+            words_of_it = jnp.broadcast_to(words, (batch, frames_of_it, *words.shape))
+            streams = streams._replace(history_text=words_of_it, history=embed(history) + positions[0])
+        streams = place(self.layout, streams)
 
         for kind, layers in layer_groups(config):
-            layer = Layer if self.remat == "none" else nn.remat(Layer, prevent_cse=False)
+            layer = Layer if self.remat == "none" else nn.remat(Layer, prevent_cse=False, policy=REMAT[self.remat])
             if kind != "last":
                 layer = nn.scan(
                     layer,
@@ -114,9 +142,10 @@ class Transformer(nn.Module):
                     split_rngs={"params": True},
                     in_axes=nn.broadcast,
                     length=layers,
+                    unroll=layers if self.unroll else 1,
                     metadata_params={nn.PARTITION_NAME: "layers"},
                 )
-            streams, _ = layer(config, kind, count, self.backend, name=kind)(streams, shared)
+            streams, _ = layer(config, kind, count, self.backend, self.layout, name=kind)(streams, shared)
 
         out = layer_norm(streams.image[:, :, :count])
         shift, scale = Modulation(config, chunks=2, name="final_modulation")(shared.c)

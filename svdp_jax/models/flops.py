@@ -1,0 +1,89 @@
+"""Floating-point operations of the network, counted by hand: two for a multiplication with its addition, matrix products only.
+
+    ModelConfig + shapes  ->  Flops of one forward pass of one sample; a training step does three times as many
+
+Norms, softmax, activations and what rematerialisation does again are not in it: this is the work that the model asks for, as in MFU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from svdp_jax.config import Config, ModelConfig
+from svdp_jax.models.tokens import DRIVING, HISTORY, NOTHING, SOURCE
+from svdp_jax.models.transformer import TIME_FREQUENCIES, layer_groups
+
+
+class Flops(NamedTuple):
+    """Operations of the products with parameters, and of those of attention."""
+
+    matmul: float = 0
+    attention: float = 0
+
+    @property
+    def total(self) -> float:
+        return self.matmul + self.attention
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.matmul + other.matmul, self.attention + other.attention)
+
+    def __mul__(self, times: float) -> Flops:
+        return Flops(self.matmul * times, self.attention * times)
+
+
+def train_step(config: Config, *, with_history: bool) -> Flops:
+    """A step of the whole batch: forward and backward. Dropped signals are masked, not left out, so that they cost as the others do."""
+    level = HISTORY if with_history else DRIVING
+    return forward(config.model, frames=config.data.frames, history=config.data.history, tokens=config.grid**2, level=level) * (3 * config.train.batch)
+
+
+def forward(model: ModelConfig, *, frames: int, history: int, tokens: int, level: int) -> Flops:
+    """One sample at a level of conditioning (`models.tokens`): `frames` and `history` frames of `tokens` each."""
+    if model.dropped == "zero":
+        level = HISTORY
+    past = history if level == HISTORY else 0
+    image = tokens * {NOTHING: 1, SOURCE: 2}.get(level, 3)
+    total = _ends(model, frames=frames, past=past, tokens=tokens, level=level)
+    for kind, layers in layer_groups(model):
+        layer = _temporal(model, frames=frames, past=past, tokens=tokens, asked_by_history=kind != "last")
+        layer += _joint(model, kind, image) * frames
+        if kind != "last":
+            layer += _joint(model, kind, tokens) * past
+        total += (layer + _modulations(model, kind, past)) * layers
+    return total
+
+
+def _temporal(model: ModelConfig, *, frames: int, past: int, tokens: int, asked_by_history: bool) -> Flops:
+    asking = frames + past * asked_by_history
+    seen = frames + past
+    keys = seen if model.temporal == "factorized" else seen * tokens
+    matmul = 4 * seen * tokens * model.width**2 + 4 * asking * tokens * model.width**2  # keys and values; queries and output
+    return Flops(matmul, 4 * asking * tokens * keys * model.width)
+
+
+def _joint(model: ModelConfig, kind: str, image: int) -> Flops:
+    """One frame of so many image tokens."""
+    text, square = model.text_tokens, model.width**2
+    per_token = (8 + 4 * model.mlp_ratio) * square  # queries, keys, values, output; both matrices of the MLP
+    matmul = image * per_token + text * (4 * square if kind == "last" else per_token)
+    asking = image + text * (kind != "last")
+    attention = 4 * asking * (image + text) * model.width
+    if kind == "dual":
+        matmul += 8 * image * square
+        attention += 4 * image**2 * model.width
+    return Flops(matmul, attention)
+
+
+def _modulations(model: ModelConfig, kind: str, past: int) -> Flops:
+    chunks = 3 + (9 if kind == "dual" else 6) + (2 if kind == "last" else 6)
+    return Flops(2 * chunks * model.width**2 * (2 if past else 1))
+
+
+def _ends(model: ModelConfig, *, frames: int, past: int, tokens: int, level: int) -> Flops:
+    """What stands before and behind the layers."""
+    width, latents = model.width, model.patch**2 * model.latent_channels
+    embedded = frames * tokens * (2 if level >= DRIVING else 1) + tokens * (level >= SOURCE) + past * tokens
+    patches = 2 * (embedded + frames * tokens) * latents * width
+    embedding = lambda inputs: 2 * (inputs + width) * width
+    clocks = (2 if past else 1) * embedding(2 * TIME_FREQUENCIES) + embedding(model.pooled_width) + (frames + past) * embedding(2 * model.frame_frequencies)
+    return Flops(patches + 2 * model.text_tokens * model.text_width * width + clocks + 4 * width**2)
