@@ -94,8 +94,9 @@ def main(config: Config, workdir: pathlib.Path, cluster: processes.Cluster) -> N
             asked = time.perf_counter()
             batch = Batch(*(layout.place(part, rows, train.batch) for part in next(batches)))
             journal.waited_for_data(time.perf_counter() - asked)
-            if done == config.profiled.start and config.profiled:
-                tracing = jax.profiler.start_trace(workdir / "profile") is None
+            if config.profiled and done == config.profiled.start:
+                jax.profiler.start_trace(workdir / "profile")
+                tracing = True
             with_history = config.has_history(done - 1)
             with jax.profiler.StepTraceAnnotation("train", step_num=done):
                 state, metrics = step_of[with_history](state, batch, autoencoder, constants, key, layout.votes(told.to_stop))

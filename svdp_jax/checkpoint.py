@@ -34,7 +34,6 @@ from svdp_jax.types import Frozen
 CONFIG, FROZEN, STEPS, WEIGHTS = "config.json", "frozen", "checkpoints", "weights"
 COMMITTED = "commit_success.txt"
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a step that is not whole
-UNREADABLE = (ValueError, KeyError, OSError, AttributeError, TypeError)  # orbax has a different one for each missing file
 WRITTEN_AT_ONCE = 2  # GB that saving a tree may hold beside the tree
 
 
@@ -176,7 +175,7 @@ def load_stored(directory: pathlib.Path) -> tuple[Config, Any, Frozen]:
     try:
         tree = load_tree(weights, part="ema")
         frozen = load_frozen(directory)
-    except UNREADABLE as error:
+    except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:  # orbax has a different one for each missing file
         raise ConfigError(f"checkpoint {directory} cannot be read: {first_line(error)}") from error
     params = tree.get("ema", tree)
     check_shapes(directory, config, params)

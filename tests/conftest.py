@@ -79,12 +79,16 @@ def workdir(train_tiny, tmp_path_factory) -> pathlib.Path:
 def media(tmp_path_factory):
     """portrait.png and motion.mp4, each with its landmarks."""
     folder = tmp_path_factory.mktemp("media")
-    clip = synthetic.pair("validation", 1, frames=FRAMES, size=48)
+    write_pair(folder, synthetic.pair("validation", 1, frames=FRAMES, size=48), fps=FPS)
+    return folder
+
+
+def write_pair(folder: pathlib.Path, clip: clips.Clip, *, fps: Fraction) -> None:
+    """portrait.png and motion.mp4 of the two people of a clip, with their landmarks beside them."""
     iio.imwrite(folder / "portrait.png", clip.target[0])
     detectors.write_landmarks(folder / "portrait.npz", clip.target_landmarks[:1])
-    video.write_video(folder / "motion.mp4", clip.driver, fps=FPS, metadata={})
+    video.write_video(folder / "motion.mp4", clip.driver, fps=fps, metadata={})
     detectors.write_landmarks(folder / "motion.npz", clip.driver_landmarks)
-    return folder
 
 
 @pytest.fixture

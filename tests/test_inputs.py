@@ -5,9 +5,10 @@ from fractions import Fraction
 import imageio.v3 as iio
 import numpy as np
 import pytest
+from conftest import write_pair
 
 from svdp_jax.config import DataConfig
-from svdp_jax.data import detectors, faces, inputs, synthetic, video
+from svdp_jax.data import detectors, faces, inputs, synthetic
 
 DATA = DataConfig(size=64, frames=4, history=2)
 FRAMES = 7
@@ -18,10 +19,7 @@ def pair(tmp_path_factory):
     """A portrait and a driving video of two rendered people, with their landmarks beside them."""
     folder = tmp_path_factory.mktemp("pair")
     clip = synthetic.pair("validation", 0, frames=FRAMES, size=96)
-    iio.imwrite(folder / "portrait.png", clip.target[0])
-    detectors.write_landmarks(folder / "portrait.npz", clip.target_landmarks[:1])
-    video.write_video(folder / "motion.mp4", clip.driver, fps=Fraction(30000, 1001), metadata={})
-    detectors.write_landmarks(folder / "motion.npz", clip.driver_landmarks)
+    write_pair(folder, clip, fps=Fraction(30000, 1001))
     return folder, clip
 
 
