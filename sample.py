@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import svdp_jax
 from svdp_jax import checkpoint, cli, pipeline, rendering
-from svdp_jax.config import Config, ConfigError, load_config
+from svdp_jax.config import Config, ConfigError
 from svdp_jax.data import faces, inputs, video
 
 DEMO = pathlib.Path(svdp_jax.__file__).parent / "assets" / "demo"
@@ -43,8 +43,8 @@ class Flags:
     """Video (or picture) whose expressions and pose it takes on (default: the bundled one)."""
     output: Annotated[pathlib.Path, tyro.conf.arg(aliases=["-o"])] = pathlib.Path("out")
     """Directory for the results."""
-    checkpoint: pathlib.Path = DEMO / "checkpoint"
-    """Training workdir or exported checkpoint. The bundled one knows rendered portraits only."""
+    checkpoint: str = str(DEMO / "checkpoint")
+    """Training workdir or exported checkpoint, here or on gs://. The bundled one knows rendered portraits only."""
     steps: int | None = None
     """Denoising steps (default: the checkpoint's)."""
     guidance: tuple[float, float, float] | None = None
@@ -162,11 +162,8 @@ def main(flags: Flags) -> None:
 
 def read_config(flags: Flags) -> Config:
     """The checkpoint's config with the flags' sampling, before its weights are loaded."""
-    path = flags.checkpoint / checkpoint.CONFIG
-    if not path.is_file():
-        raise ConfigError(f"--checkpoint {flags.checkpoint}: no {checkpoint.CONFIG} there; give a training workdir or an exported checkpoint")
-    checkpoint.find_weights(flags.checkpoint)
-    return override(load_config(path), flags)
+    config, _ = checkpoint.find_weights(flags.checkpoint)
+    return override(config, flags)
 
 
 def override(config: Config, flags: Flags) -> Config:

@@ -15,10 +15,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from svdp_jax import checkpoint, cli, pipeline, processes, sharding, train_state
+from svdp_jax import checkpoint, cli, files, pipeline, processes, sharding, steps, train_state
 from svdp_jax.config import Config, ConfigError, load_config, to_dict
 from svdp_jax.data import clips, loader
-from svdp_jax.files import MediaError
 from svdp_jax.journal import Journal
 from svdp_jax.models import flops
 from svdp_jax.models.autoencoder import fit_linear, make_autoencoder
@@ -35,18 +34,20 @@ class TrainingError(Exception):
     """Training cannot go on. The message is one line."""
 
 
-def main(config: Config, workdir: pathlib.Path, cluster: processes.Cluster) -> None:
+def main(config: Config, workdir: files.Place, cluster: processes.Cluster) -> None:
     # ----------------------------------------------------------------------------------------------------- mesh and data
     processes.start(cluster)
     train, writer = config.train, jax.process_index() == 0
+    if train.profile and files.is_remote(workdir):
+        raise ConfigError(f"train.profile={train.profile} needs a local --workdir: a trace cannot be written to {workdir}")
     layout = sharding.make_layout(config.mesh)
     sharding.check_batch(layout, train.batch, accumulation=train.accumulation)
-    checkpoints = checkpoint.manager(workdir, keep=train.keep, keep_every=train.keep_every)
+    checkpoints = steps.manager(workdir, keep=train.keep, keep_every=train.keep_every)
     start = checkpoints.latest_step() or 0
     key_init, key = jax.random.split(jax.random.key(train.seed))
-    run = checkpoint.Run(samples=0, key=jax.random.key_data(key).tolist(), pending=[], config=to_dict(config))
+    run = steps.Run(samples=0, key=jax.random.key_data(key).tolist(), pending=[], config=to_dict(config))
     if start:
-        run = checkpoint.restore_run(checkpoints)
+        run = steps.restore_run(checkpoints)
         tell_changes(config, run.config)
     rows = layout.rows(train.batch)
     batches = loader.batches(config.data, split="train", seed=train.seed, batch=train.batch, start_sample=run.samples, rows=rows)
@@ -57,11 +58,10 @@ def main(config: Config, workdir: pathlib.Path, cluster: processes.Cluster) -> N
     boxed = jax.eval_shape(new_state, key_init)
     shardings = sharding.shardings_of(boxed, layout)
     if start:
-        state, frozen = checkpoint.restore(checkpoints, sharding.abstract(boxed, shardings)), checkpoint.load_frozen(workdir)
+        state, frozen = steps.restore(checkpoints, sharding.abstract(boxed, shardings)), checkpoint.load_frozen(workdir)
     elif train.init_from:
-        params, frozen = checkpoint.load_initial(pathlib.Path(train.init_from), config)
-        params = jax.device_put(params, shardings.params)
-        state = jax.jit(lambda params: train_state.init_state(config, params), out_shardings=shardings)(params)
+        params, frozen = checkpoint.load_initial(train.init_from, config, shardings.params)
+        state = jax.jit(lambda params: train_state.init_state(config, params), out_shardings=shardings, donate_argnums=0)(params)
     else:
         state, frozen = jax.jit(lambda key: nn.meta.unbox(new_state(key)), out_shardings=shardings)(key_init), new_frozen(config)
     if not start:
@@ -112,14 +112,14 @@ def main(config: Config, workdir: pathlib.Path, cluster: processes.Cluster) -> N
                 stopping |= read(done, *before)
                 before = None
                 run = run._replace(samples=begun + (done - start) * train.batch, pending=journal.pending, config=to_dict(config))
-                checkpoint.save(checkpoints, state, run)
+                steps.save(checkpoints, state, run)
             if done % train.sample_every == 0 or done == train.steps:
-                ema = layout.gathered(state.ema)
+                ema = layout.gathered(state.ema, config.model.dtype)
                 if writer:
                     journal.picture(done, pipeline.contact_sheet(config, ema, frozen, *shown))
             if stopping:
                 break
-    checkpoint.finish(checkpoints)
+    steps.finish(checkpoints)
     checkpoints.close()
     batches.close()
     journal.close()
@@ -152,15 +152,15 @@ def new_frozen(config: Config) -> Frozen:
         autoencoder = fit_linear(config.autoencoder, np.concatenate([loader.whole_clip(records[int(i)], config.data)[2][::4] for i in chosen]))
     else:
         empty = np.zeros((1, config.data.size, config.data.size, 3), np.float32)
-        autoencoder = jax.jit(make_autoencoder(config.autoencoder).init)(jax.random.key(config.train.seed), empty)["params"]
+        autoencoder = nn.meta.unbox(jax.jit(make_autoencoder(config.autoencoder).init)(jax.random.key(config.train.seed), empty)["params"])
     return Frozen(autoencoder, position_table(model), np.zeros((model.text_tokens, model.text_width), np.float32), np.zeros(model.pooled_width, np.float32))
 
 
-def parse() -> tuple[Config, pathlib.Path, processes.Cluster]:
+def parse() -> tuple[Config, files.Place, processes.Cluster]:
     """--config and --workdir, which processes take part, and every field of the config by name."""
     parser = cli.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=pathlib.Path)
-    parser.add_argument("--workdir", type=pathlib.Path)
+    parser.add_argument("--workdir", type=files.place)
     for name, kind in ("coordinator", str), ("processes", int), ("process", int), ("heartbeat", int):
         parser.add_argument(f"--{name}", type=kind, default=processes.Cluster._field_defaults[name])
     given, arguments = parser.parse_known_args()
@@ -172,5 +172,5 @@ def parse() -> tuple[Config, pathlib.Path, processes.Cluster]:
 
 
 if __name__ == "__main__":
-    with cli.messages(ConfigError, MediaError, TrainingError):
+    with processes.together(), cli.messages(ConfigError, files.MediaError, TrainingError):
         main(*parse())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -27,7 +28,7 @@ from svdp_jax.config import ConfigError, to_dict
 TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
-def export(directory: pathlib.Path, output: pathlib.Path) -> None:
+def export(directory: str | os.PathLike, output: pathlib.Path) -> None:
     """Writes the file `output`, tensors in the types that the checkpoint stores. Raises ConfigError, or ConversionError if `output` exists."""
     if output.exists():
         raise ConversionError(f"output {output} exists already: give a new file, or remove it")
@@ -66,7 +67,7 @@ def write_safetensors(
 
 def main() -> None:
     parser = cli.ArgumentParser(prog="python -m convert_weights.export", description="A checkpoint to one safetensors file with diffusers' names.")
-    parser.add_argument("--checkpoint", type=pathlib.Path, required=True, help="a converted or exported checkpoint, or a training workdir")
+    parser.add_argument("--checkpoint", required=True, help="a converted or exported checkpoint, or a training workdir")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="the file, which must not exist yet")
     flags = parser.parse_args()
     with cli.messages(ConversionError, ConfigError):

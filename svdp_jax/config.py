@@ -297,10 +297,7 @@ def load_config(path: str | pathlib.Path) -> Config:
     if not path.is_file():
         raise ConfigError(f"config {path} does not exist")
     if path.suffix == ".json":
-        try:
-            return from_dict(Config, json.loads(path.read_text()))
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
-            raise ConfigError(f"config {path} is not what a run has written: {error}") from error
+        return read_config(path)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"config {path} is neither a .py nor a .json file")
@@ -309,6 +306,14 @@ def load_config(path: str | pathlib.Path) -> Config:
     if not isinstance(getattr(module, "config", None), Config):
         raise ConfigError(f"config {path} defines no `config` of type svdp_jax.config.Config")
     return module.config
+
+
+def read_config(path: pathlib.Path) -> Config:
+    """What a run has written to its config.json. Raises ConfigError where it is not that."""
+    try:
+        return from_dict(Config, json.loads(path.read_text()))
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise ConfigError(f"config {path} is not what a run has written: {error}") from error
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Files: what is said, in one line, of one that cannot be used, and how one appears only when it is whole.
+"""Files: where they are, what is said, in one line, of one that cannot be used, and how one appears only when it is whole.
 
 Below everything else that reads or writes files, so that all can use it.
 """
@@ -6,16 +6,40 @@ Below everything else that reads or writes files, so that all can use it.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import pathlib
 import uuid
 from collections.abc import Iterator
+
+from etils import epath
+
+from svdp_jax.config import ConfigError
+
+Place = pathlib.Path | epath.Path  # a local path, or one on Google Cloud Storage; they have the same methods
 
 FREE = "free some space and run the command again"
 
 
 class MediaError(ValueError):
     """A file that cannot be used. The message is one line: which file, what is wrong, what to do."""
+
+
+def place(text: str | os.PathLike) -> Place:
+    """The path that `text` names, local or gs://BUCKET/... ConfigError for any other address."""
+    scheme, found, _ = os.fspath(text).partition("://")
+    if not found:
+        return pathlib.Path(text)
+    if scheme != "gs":
+        raise ConfigError(f"{text}: a place is a local path or gs://BUCKET/...")
+    if not importlib.util.find_spec("gcsfs"):
+        raise ConfigError(f"{text} needs another package: pip install -e '.[gcs]'")
+    return epath.Path(text)
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is on Google Cloud Storage: what is written there appears whole, and nothing can be appended to it."""
+    return "://" in os.fspath(path)
 
 
 def one_line(error: BaseException) -> str:
@@ -26,18 +50,23 @@ def one_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def writing(path: str | os.PathLike, *others: type[Exception], advice: str = FREE) -> Iterator[None]:
     """OSErrors (and the `others`, of a library that writes) become a MediaError that names `path` and says what to do."""
+    kinds = (Exception,) if is_remote(path) else (OSError, *others)  # of the network there are many
     try:
         yield
-    except (OSError, *others) as error:
+    except kinds as error:
         raise MediaError(f"{path}: cannot be written ({one_line(error)}); is the disk full? then {advice}") from error
 
 
 @contextlib.contextmanager
-def whole(path: pathlib.Path, *, replace: bool = True, advice: str = FREE) -> Iterator[pathlib.Path]:
+def whole(path: Place, *, replace: bool = True, advice: str = FREE) -> Iterator[Place]:
     """A path to write to. When that is done it is on the disk and becomes `path`, at once; `replace=False` leaves one that is there by then.
 
     MediaError where it cannot be written. What a process leaves that is killed meanwhile is called `.{name}.*.partial`.
     """
+    if is_remote(path):
+        with writing(path, advice=advice):
+            yield path
+        return
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with writing(path, advice=advice):

@@ -12,9 +12,8 @@ A run that goes on drops what it had logged behind the step it goes on from.
 from __future__ import annotations
 
 import json
-import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import imageio.v3 as iio
@@ -23,27 +22,51 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from svdp_jax.files import whole, writing
+from svdp_jax.files import Place, is_remote, whole, writing
 from svdp_jax.peaks import peak_memory, peak_tflops
+
+
+class Lines:
+    """A file of lines, of which those that `keep` says stay, and to which others are added."""
+
+    def __init__(self, path: Place, keep: Callable[[str], bool]):
+        self.path = path
+        with writing(path):
+            lines = path.read_text().splitlines() if path.exists() else []
+            self.lines = [line for line in lines if keep(line)]
+            if self.lines != lines:
+                self._write_all()
+            self.file = None if is_remote(path) else path.open("a")
+
+    def add(self, line: str) -> None:
+        with writing(self.path):
+            if self.file:
+                self.file.write(line + "\n")
+                self.file.flush()
+            else:  # where nothing can be appended
+                self.lines.append(line)
+                self._write_all()
+
+    def _write_all(self) -> None:
+        with whole(self.path) as partial:
+            partial.write_text("".join(f"{line}\n" for line in self.lines))
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
 
 
 class Journal:
     """Writes into `workdir` if this process is the `writer`; the others count along."""
 
-    def __init__(self, workdir: pathlib.Path, *, every: int, start: int, end: int, pending: Sequence[dict[str, Any]], writer: bool):
+    def __init__(self, workdir: Place, *, every: int, start: int, end: int, pending: Sequence[dict[str, Any]], writer: bool):
         self.workdir, self.every, self.end, self.writer = workdir, every, end, writer
         self.pending = list(pending)
         self.bad = 0  # skipped steps in a row, so far
         self.log = self.board = None
         if writer:
-            path = workdir / "metrics.jsonl"
-            with writing(path):
-                lines = path.read_text().splitlines() if path.exists() else []
-                kept = [line for line in lines if _step_of(line) <= start]
-                if kept != lines:
-                    with whole(path) as partial:
-                        partial.write_text("".join(f"{line}\n" for line in kept))
-                self.log = path.open("a")
+            self.log = Lines(workdir / "metrics.jsonl", keep=lambda line: _step_of(line) <= start)
+            with writing(workdir / "tensorboard"):
                 self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self._begin()
 
@@ -73,7 +96,7 @@ class Journal:
             path = self.workdir / "samples" / f"{step:07d}.png"
             with writing(path):
                 path.parent.mkdir(exist_ok=True)
-                iio.imwrite(path, picture)
+                path.write_bytes(iio.imwrite("<bytes>", picture, extension=".png"))
             self.board.add_image("samples", picture, step, dataformats="HWC")
 
     def close(self) -> None:
@@ -97,9 +120,7 @@ class Journal:
     def _write(self, record: dict[str, float]) -> None:
         if not self.writer:
             return
-        with writing(self.workdir / "metrics.jsonl"):
-            self.log.write(json.dumps({name: value for name, value in record.items() if np.isfinite(value)}) + "\n")
-            self.log.flush()
+        self.log.add(json.dumps({name: value for name, value in record.items() if np.isfinite(value)}))
         for name, value in record.items():
             self.board.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
         said = f"step {record['step']}: loss {record['loss']:.4f}, grad {record['grad_norm']:.2f}, {record['seconds']:.2f} s/step, waiting {record['data_wait']:.0%}"

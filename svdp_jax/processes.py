@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -47,6 +49,26 @@ def expected(environment: Mapping[str, str]) -> bool:
     several = lambda name: int(environment.get(name) or 1) > 1
     workers = [name for name in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
     return several("SLURM_NTASKS") or several("OMPI_COMM_WORLD_SIZE") or several("MEGASCALE_NUM_SLICES") or len(workers) > 1
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Around a command line that may be one of several processes: where it fails, it ends at once, and so, a heartbeat later, do the others.
+
+    The end of a Python process waits for the others otherwise, and they for it. Where it fails because another one is gone, that is said."""
+    try:
+        yield
+    except BaseException as error:
+        if not jax.distributed.is_initialized():
+            raise
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            said = " ".join(str(error).split())[:300]
+            print(f"error: the processes of this run have lost each other ({said}); start all of them again: the run goes on", file=sys.stderr)
+        elif not isinstance(error, SystemExit):  # of which the reason has been told
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
 
 
 class Told:

@@ -38,7 +38,7 @@ _WHOLE: dict[str, Rule] = {
     "head_size": None,  # the sum of every score
     "mlp": None,  # columns of the MLP, independent of each other between its two matrices
     "chunks": None,  # shift, scale, gate, ...: a few, used one by one
-    "modulation": None,  # the width of a modulation, which meets tokens of the whole width
+    "modulation": None,  # columns of a modulation: 37% of all parameters, and next to no work
     "hidden": None,  # the middle of the small embeddings
     "patch": None,  # inputs and outputs of a few values: patch, time, text, pooled
     "time": None,
@@ -50,18 +50,20 @@ _WHOLE: dict[str, Rule] = {
     "tokens": None,  # of a frame: attention within a frame needs them all
     "width": None,  # norms need it whole
 }
+_TENSOR: dict[str, Rule] = {"heads": "tensor", "mlp": "tensor", "modulation": "tensor"}
 STRATEGIES: dict[str, dict[str, Rule]] = {
     # Every device holds everything; only gradients travel. Fits small models.
     "dp": _WHOLE,
     # Each matrix is split along the width, which every one of them has, and gathered when its layer's turn comes.
     "fsdp": _WHOLE | {"embed": "fsdp"},
-    # Besides, each device has some heads and some MLP columns: one reduction after attention and one after the MLP.
-    "fsdp_tensor": _WHOLE | {"embed": "fsdp", "heads": "tensor", "mlp": "tensor"},
+    # Besides, each device has some heads and some MLP columns: one reduction after attention and one after the MLP. And some columns of
+    # modulations, of which a row per sample travels.
+    "fsdp_tensor": _WHOLE | {"embed": "fsdp", **_TENSOR},
     # Each device has some frames of a sample. Within a frame nothing travels; across frames, attention exchanges frames for heads.
     # Parameters are not shared over `context`, so that at fsdp=1 nothing but that exchange and the gradients travels.
     "fsdp_context": _WHOLE | {"embed": "fsdp", "frames": "context"},
     # All of it: for samples that are too large for one device even with few frames.
-    "fsdp_context_tensor": _WHOLE | {"embed": "fsdp", "frames": "context", "heads": "tensor", "mlp": "tensor"},
+    "fsdp_context_tensor": _WHOLE | {"embed": "fsdp", "frames": "context", **_TENSOR},
 }
 
 
@@ -138,11 +140,12 @@ class Layout:
         everywhere = NamedSharding(self.mesh, PartitionSpec(AXES))
         return jax.make_array_from_callback((self.mesh.size,), everywhere, lambda _: np.full(1, vote, np.int32))
 
-    def gathered(self, tree: Any) -> Any:
-        """A tree of arrays, whole, on one device of this process. All processes take part."""
+    def gathered(self, tree: Any, dtype: str) -> Any:
+        """A tree of arrays of this type, whole, on one device of this process. All processes take part."""
         if self.mesh.size == 1:
             return tree
-        return jax.tree.map(lambda leaf: leaf.addressable_data(0), jax.jit(lambda tree: tree, out_shardings=self.whole)(tree))
+        whole = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree), out_shardings=self.whole)(tree)
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
 
     def per_frame(self, function: Callable[..., Array]) -> Callable[..., Array]:
         """`function` of arrays [B,F,...], which treats frames alike and merges the two axes: each device does its own frames of its own samples."""

@@ -28,13 +28,14 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 # Shapes and types, as annotated, are checked at every call. Not in the config, which says itself what is wrong with a value,
 # nor in the loader, whose functions travel to worker processes, nor in sharding, where tests put other things for devices.
-TOP = ["checkpoint", "evaluation", "files", "flow", "journal", "models", "pipeline", "rendering", "sampler", "train_state"]
+TOP = ["checkpoint", "evaluation", "files", "flow", "journal", "models", "pipeline", "rendering", "sampler", "steps", "train_state"]
 DATA = ["augment", "bundle", "clips", "detectors", "drawing", "encoding", "faces", "inputs", "liveportrait", "polygons", "preview", "report"]
 DATA += ["shots", "stills", "streams", "synthetic", "timing", "video"]
 install_import_hook([f"svdp_jax.{name}" for name in TOP] + [f"svdp_jax.data.{name}" for name in DATA], "typechecker.check")
 
 import sd35  # noqa: E402
 
+from svdp_jax import checkpoint  # noqa: E402
 from svdp_jax.data import clips, detectors, synthetic, video  # noqa: E402
 
 FRAMES, FPS = 6, Fraction(30000, 1001)  # of the driving video: two windows of 4, the second not full
@@ -89,6 +90,12 @@ def write_pair(folder: pathlib.Path, clip: clips.Clip, *, fps: Fraction) -> None
     detectors.write_landmarks(folder / "portrait.npz", clip.target_landmarks[:1])
     video.write_video(folder / "motion.mp4", clip.driver, fps=fps, metadata={})
     detectors.write_landmarks(folder / "motion.npz", clip.driver_landmarks)
+
+
+def saved_state(workdir, step):
+    """What a workdir holds of a step, as arrays."""
+    found = [checkpoint.load_tree(workdir / "checkpoints" / str(step) / part) for part in ("state", "ema")]
+    return found[0] | {"ema": found[1]}
 
 
 @pytest.fixture

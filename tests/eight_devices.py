@@ -7,7 +7,6 @@ One case alone is looked at more briefly: its gradient, and what travels in the 
 
 import dataclasses
 import json
-import math
 import pathlib
 import re
 import sys
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from svdp_jax import checkpoint, sharding, train_state
+from svdp_jax import sharding, steps, train_state
 from svdp_jax.config import AutoencoderConfig, Config, DataConfig, LevelConfig, MeshConfig, ModelConfig, TrainConfig
 from svdp_jax.models import blocks, parallel
 from svdp_jax.models.autoencoder import make_autoencoder
@@ -58,6 +57,9 @@ def new_state(key):
     return train_state.init_state(CONFIG, structure.unflatten(drawn))
 
 
+BOXED = jax.eval_shape(new_state, jax.random.key(0))
+
+
 def accumulating(parts: str) -> Config:
     """CONFIG with so many parts of a batch."""
     return dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, accumulation=int(parts or 1)))
@@ -69,7 +71,7 @@ def layout_of(mesh: MeshConfig):
 
 def born(layout):
     """The state and its shardings, as train.py makes them."""
-    shardings = sharding.shardings_of(jax.eval_shape(new_state, jax.random.key(0)), layout)
+    shardings = sharding.shardings_of(BOXED, layout)
     return jax.jit(lambda key: nn.meta.unbox(new_state(key)), out_shardings=shardings)(jax.random.key(0)), shardings
 
 
@@ -132,7 +134,7 @@ def relative(one, other):
 def misplaced(state, layout):
     """Leaves that do not lie as the rules table says, worked out here from the names once more."""
     table, found = sharding.STRATEGIES[layout.strategy], []
-    boxed = jax.tree.leaves(jax.eval_shape(new_state, jax.random.key(0)), is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+    boxed = jax.tree.leaves(BOXED, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
     for (path, leaf), box in zip(jax.tree_util.tree_leaves_with_path(state), boxed, strict=True):
         names = box.names if isinstance(box, nn.LogicallyPartitioned) else ()
         sizes = [layout.mesh.shape[table[name]] if table[name] else 1 for name in names]
@@ -179,6 +181,22 @@ def without_exchange(x, axis_name, *, split_axis, concat_axis, tiled):
     return jnp.concatenate([jnp.split(x, size, split_axis)[0]] * size, concat_axis)
 
 
+def restored_elsewhere(state, directory):
+    """What comes back of a saved state on every mesh: how far it is apart, its step, and whether it lies as that mesh has it."""
+    checkpoints = steps.manager(directory, keep=1)
+    steps.save(checkpoints, state, steps.Run(samples=0, key=[0, 0], pending=[], config={}))
+    steps.finish(checkpoints)
+    facts, here = {}, jax.device_get(state)
+    for name, target in {"one": ONE, **MESHES}.items():
+        shardings = sharding.shardings_of(BOXED, layout_of(target))
+        there = steps.restore(checkpoints, sharding.abstract(BOXED, shardings))
+        fits = jax.tree.map(lambda leaf, place: leaf.sharding.is_equivalent_to(place, leaf.ndim), there, shardings)
+        apart = worst(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max(initial=0)), jax.device_get(there), here)
+        facts[name] = {"apart": apart, "step": int(there.step), "placed": all(jax.tree.leaves(fits))}
+    checkpoints.close()
+    return facts
+
+
 def main(directory: pathlib.Path, cases: list[str]) -> None:
     facts = {"devices": jax.device_count()}
     one = layout_of(ONE)
@@ -210,24 +228,13 @@ def main(directory: pathlib.Path, cases: list[str]) -> None:
             "params": worst(moved, jax.device_get(after.params), straight.params, begun.params),
             "ema": worst(moved, jax.device_get(after.ema), straight.ema, begun.ema),
             "misplaced": misplaced(after, layout),
-            "spread": sum(math.prod(leaf.addressable_shards[0].data.shape) for leaf in jax.tree.leaves(after.params))
-            / sum(leaf.size for leaf in jax.tree.leaves(after.params)),
         }
         if name == "fsdp_context_tensor" and not parts:
             exchange, parallel.jax.lax.all_to_all = jax.lax.all_to_all, without_exchange
             facts["mutant"] = worst(relative, gradients(config, layout, born(layout)[0])[0], expected)
             parallel.jax.lax.all_to_all = exchange
-        if name == "fsdp" and not parts:
-            checkpoints = checkpoint.manager(directory, keep=1)
-            checkpoint.save(checkpoints, after)
-            checkpoints.wait_until_finished()
-            for target in [ONE, *MESHES.values()]:
-                other, shardings = born(layout_of(target))
-                restored = checkpoint.restore(checkpoints, other)
-                fits = jax.tree.map(lambda leaf, place: leaf.sharding.is_equivalent_to(place, leaf.ndim), restored, shardings)
-                apart = worst(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max(initial=0)), jax.device_get(restored), jax.device_get(after))
-                facts.setdefault("restored", {})[f"{target}"] = {"apart": apart, "step": int(restored.step), "placed": all(jax.tree.leaves(fits))}
-            checkpoints.close()
+        if not parts:
+            facts[case]["restored"] = restored_elsewhere(after, directory / name)
     facts["collectives"] = {"4 heads": block_collectives(4, ["dual", "plain", "last"]), "2 heads": block_collectives(2, [])["temporal"]}
     print(json.dumps(facts))
 

@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import saved_state
 from tiny_network import TINY
 
-from svdp_jax import checkpoint, train_state
-from svdp_jax.config import ConfigError
+from svdp_jax import checkpoint, sharding, steps, train_state
+from svdp_jax.config import ConfigError, MeshConfig
 
 
 def state_of(workdir):
-    """The last step's state, as arrays, of any structure."""
-    return checkpoint.load_tree(workdir / "checkpoints" / "8" / "state")
+    """The last step's state, as arrays."""
+    return saved_state(workdir, 8)
 
 
 def assert_equal(tree, other):
@@ -51,11 +52,25 @@ def test_an_export_says_nothing_of_the_machine_that_wrote_it(workdir, tmp_path):
     assert not [path for path in files if str(tmp_path).encode() in path.read_bytes()]
 
 
-def test_weights_are_read_without_a_word_and_without_the_optimizer(workdir, caplog):
+def test_weights_are_read_without_a_word_and_without_the_optimizer(workdir, tmp_path, caplog):
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    for path in (copy / "checkpoints" / "8" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
     with caplog.at_level("WARNING"):
-        checkpoint.load_weights(workdir)
+        checkpoint.load_weights(copy)
     assert not caplog.records
-    assert set(checkpoint.load_tree(workdir / "checkpoints" / "8" / "state", part="ema")) == {"ema"}
+
+
+def test_weights_are_read_into_their_shards(workdir, tmp_path):
+    checkpoint.export(workdir, tmp_path / "exported", dtype="bfloat16")
+    config, expected, _ = checkpoint.load_weights(tmp_path / "exported")
+    places = train_state.param_shardings(config, sharding.make_layout(MeshConfig()))
+    params, _ = checkpoint.load_initial(tmp_path / "exported", config, places)
+    assert all(isinstance(leaf, jax.Array) and leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
+    assert jax.tree.leaves(jax.tree.map(lambda leaf: leaf.sharding, params)) == jax.tree.leaves(places)
+    assert_equal(params, expected)
 
 
 def test_another_config_does_not_restore(workdir):
@@ -67,14 +82,14 @@ def test_another_config_does_not_restore(workdir):
         state = jax.eval_shape(lambda: meta.unbox(train_state.init_state(other, train_state.init_params(other, jax.random.key(0)))))  # noqa: B023
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), state)  # noqa: B023
-        checkpoints = checkpoint.manager(workdir, keep=3)
+        checkpoints = steps.manager(workdir, keep=3)
         with pytest.raises(ConfigError, match="does not fit the config") as caught:
-            checkpoint.restore(checkpoints, state)
+            steps.restore(checkpoints, state)
         checkpoints.close()
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("lost", ["config.json", "checkpoints", "frozen", "checkpoints/8/state/_METADATA", "checkpoints/8/state/manifest.ocdbt"])
+@pytest.mark.parametrize("lost", ["config.json", "checkpoints", "frozen", "checkpoints/8/ema/_METADATA", "checkpoints/8/ema/manifest.ocdbt"])
 def test_a_checkpoint_that_lacks_something_is_named(workdir, tmp_path, lost):
     broken = tmp_path / "broken"
     shutil.copytree(workdir, broken)
@@ -95,11 +110,39 @@ def test_weights_that_do_not_fit_their_config_are_named(workdir, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_inspect_counts_the_parameters(workdir, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["checkpoint", "inspect", str(workdir)])
+def inspected(monkeypatch, capsys, *arguments):
+    """Lines of `checkpoint inspect`, with every array's bytes out of reach."""
+    monkeypatch.setattr(sys, "argv", ["checkpoint", "inspect", *map(str, arguments)])
+    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, "restore", lambda *_, **__: pytest.fail("an array is read"))
     checkpoint.main()
-    count = sum(leaf.size for leaf in jax.tree.leaves(state_of(workdir)["params"]))
-    assert f"{count:,}" in capsys.readouterr().out.splitlines()[-1]
+    return capsys.readouterr().out.splitlines()
+
+
+def test_inspect_tells_steps_shapes_types_and_sizes_and_loads_nothing(workdir, monkeypatch, capsys):
+    state = state_of(workdir)
+    count = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
+    lines = inspected(monkeypatch, capsys, workdir)
+    assert lines[0] == f"{workdir}: tiny, step 8 of 8; saved: 4, 8"
+    found = {line.split()[0]: line.split()[1:] for line in lines[2:]}
+    leaves = jax.tree.leaves(state["params"])
+    assert lines[-1].split() == ["parameters", f"{len(leaves)}", f"{count:,}", f"{4 * count / 1e6:,.2f}", "float32"]
+    assert found["state/params"] == found["parameters"] and found["frozen/table"][1] == f"{12 * 12 * 32:,}"
+    assert {"ema/dual", "ema/plain", "ema/last", "state/opt_state", "state/step", "frozen/autoencoder"} <= set(found)
+    kernel = state["ema"]["last"]["temporal"]["qkv"]["linear"]["kernel"]
+    assert any(f"  temporal/qkv/linear/kernel {list(kernel.shape)}" in line for line in inspected(monkeypatch, capsys, workdir, "--arrays"))
+
+
+def test_inspect_tells_what_an_export_holds(workdir, tmp_path, monkeypatch, capsys):
+    checkpoint.export(workdir, tmp_path / "exported", dtype="bfloat16")
+    lines = inspected(monkeypatch, capsys, tmp_path / "exported")
+    assert lines[0] == f"{tmp_path / 'exported'}: tiny" and lines[-1].endswith("bfloat16") and not any("state/" in line for line in lines)
+
+
+def test_an_export_replaces_nothing(workdir, tmp_path):
+    for output in workdir, tmp_path / "file":
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(ConfigError, match="exists already"):
+            checkpoint.export(workdir, output, dtype="float32")
 
 
 def test_inspecting_no_checkpoint_exits_with_a_line(tmp_path, monkeypatch, capsys):

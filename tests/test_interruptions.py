@@ -13,11 +13,8 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import CHEAP, ROOT
+from conftest import CHEAP, ROOT, saved_state
 
-from svdp_jax import checkpoint
-
-pytestmark = pytest.mark.slow  # processes that start again and again, half a minute each
 STEPS = 48
 RUN = ["--train.steps", STEPS, "--train.history-from-step", 24, "--train.log-every", 1, "--train.checkpoint-every", 5, "--train.sample-every", 1000, *CHEAP]
 
@@ -55,7 +52,7 @@ def wait_for_step(process, workdir, step):
 
 def assert_same_run(workdir, other):
     """Parameters, moments, EMA and every loss, to the bit."""
-    states = [checkpoint.load_tree(path / "checkpoints" / str(STEPS) / "state") for path in (workdir, other)]
+    states = [saved_state(path, STEPS) for path in (workdir, other)]
     jax.tree.map(np.testing.assert_array_equal, *states)
     told = [[(line["step"], line["loss"], line["grad_norm"]) for line in lines(path)] for path in (workdir, other)]
     assert told[0] == told[1] and [line[0] for line in told[0]] == list(range(1, STEPS + 1))
@@ -69,7 +66,7 @@ def straight(start, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("kills", [2, 10])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_is_the_same_run(start, straight, tmp_path, kills):
     rng, workdir, points = random.Random(kills), tmp_path / "run", []
     for step in sorted(rng.choices(range(STEPS // 2, STEPS), k=kills)):
@@ -86,6 +83,7 @@ def test_a_run_that_is_killed_is_the_same_run(start, straight, tmp_path, kills):
     assert_same_run(workdir, straight)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_ends_well(start, straight, tmp_path):
     process = start(tmp_path / "run")
     wait_for_step(process, tmp_path / "run", 4)
@@ -98,6 +96,7 @@ def test_sigterm_saves_and_ends_well(start, straight, tmp_path):
     assert_same_run(tmp_path / "run", straight)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_costs_no_step_that_was_saved(start, straight, tmp_path):
     workdir = tmp_path / "run"
     ended(start(workdir, "--train.stop-at", 12))
@@ -125,11 +124,11 @@ def port():
 TWO = ["--train.batch", 8, "--mesh.data", 4, "--mesh.fsdp", 2, "--mesh.strategy", "fsdp"]
 
 
-def start_two(start, workdir, *flags):
-    """Two processes of four devices each."""
+def start_two(start, workdir, each=lambda number: []):
+    """Two processes of four devices each; `each` has flags of a process."""
     address = f"127.0.0.1:{port()}"
     joined = lambda number: ["--coordinator", address, "--processes", 2, "--process", number, "--heartbeat", 10]
-    return [start(workdir, *TWO, *flags, *joined(number), devices=4) for number in range(2)]
+    return [start(workdir, *TWO, *each(number), *joined(number), devices=4) for number in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -146,12 +145,14 @@ def assert_close_losses(workdir, other, tolerance=1e-5):
     assert len(ours) == STEPS
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(start, alone, tmp_path):
     said = [ended(process) for process in start_two(start, tmp_path / "run")]
     assert_close_losses(tmp_path / "run", alone)
     assert "8 x cpu" in said[0] and "step 1:" in said[0] and "step 1:" not in said[1], "one of them speaks"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_process_that_is_lost_ends_the_other_and_both_go_on(start, alone, tmp_path, lost):
     workdir = tmp_path / "run"
@@ -167,6 +168,15 @@ def test_a_process_that_is_lost_ends_the_other_and_both_go_on(start, alone, tmp_
     assert_close_losses(workdir, alone)
 
 
+@pytest.mark.slow
+def test_a_process_that_cannot_begin_ends_the_other(start, tmp_path):
+    processes = start_two(start, tmp_path / "run", each=lambda number: ["--data.path", tmp_path / "nowhere"] if number else [])
+    said = [process.communicate(timeout=90)[0] for process in processes]
+    assert processes[1].returncode == 2 and f"{tmp_path / 'nowhere'}" in said[1].strip().splitlines()[-1]
+    assert processes[0].returncode not in (0, None) and said[0].strip()
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_process_stops_both_behind_the_same_step(start, alone, tmp_path):
     workdir = tmp_path / "run"
     processes = start_two(start, workdir)
@@ -180,6 +190,7 @@ def test_sigterm_to_one_process_stops_both_behind_the_same_step(start, alone, tm
     assert_close_losses(workdir, alone)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_mesh(start, alone, tmp_path):
     ended(start(tmp_path / "run", *TWO, "--train.stop-at", 20, devices=8))
     other = ["--mesh.data", 1, "--mesh.fsdp", 2, "--mesh.context", 2, "--mesh.tensor", 1, "--mesh.strategy", "fsdp_context"]

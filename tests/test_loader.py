@@ -5,10 +5,17 @@ Frames of the clips below are of one colour that tells clip (red), frame number 
 
 import dataclasses
 import logging
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import cv2
 import numpy as np
 import pytest
+from conftest import ROOT
 from test_clips import flip_bytes, one_line
 
 from svdp_jax.config import ConfigError, DataConfig
@@ -271,3 +278,34 @@ def test_whole_clip(data):
     boxes = faces.regions(clip.driver_landmarks[:-1], margin=data.region_margin)
     np.testing.assert_array_equal(driving, faces.mask_frames(clip.driver[:-1], boxes))
     assert loader.whole_clip(clip, dataclasses.replace(data, size=16))[1].shape == (FRAMES - 1, 16, 16, 3)
+
+
+WORKERS = """
+import multiprocessing, os, signal, sys
+from svdp_jax.config import DataConfig
+from svdp_jax.data import loader
+
+if __name__ == "__main__":
+    stream = loader.batches(DataConfig(path=sys.argv[1], size=32, frames=4, history=1, workers=2), split="train", seed=0, batch=2)
+    next(stream)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    os.killpg(0, signal.SIGTERM)
+    for _ in range(20):
+        next(stream)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_their_process_and_not_before(data, tmp_path):
+    """A signal to the whole group, as Slurm sends it, is for the process that trains to answer."""
+    (tmp_path / "script.py").write_text(WORKERS)
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, tmp_path / "script.py", data.path], capture_output=True, text=True, env=variables, start_new_session=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    workers = [pathlib.Path("/proc", number, "stat") for number in done.stdout.split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 20
+    while any(worker.exists() and worker.read_text().split()[2] != "Z" for worker in workers):
+        assert time.monotonic() < deadline, "processes are left over"
+        time.sleep(0.1)

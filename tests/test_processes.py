@@ -3,6 +3,7 @@
 import os
 import signal
 
+import jax
 import pytest
 
 from svdp_jax import processes
@@ -44,6 +45,45 @@ def test_where_the_others_are_not_found_that_is_said(monkeypatch):
     monkeypatch.setattr(processes.jax.config, "update", lambda *_: None)
     with pytest.raises(ConfigError, match="cannot be joined: DEADLINE_EXCEEDED: Barrier timed out. Many more lines"):
         processes.start(processes.Cluster("localhost:1", 2, 0), {})
+
+
+class Ended(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def ending(monkeypatch):
+    """ending(error): with which status a process ends whose run of several processes fails with it."""
+
+    def end(status):
+        raise Ended(status)
+
+    monkeypatch.setattr(processes.jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes.os, "_exit", end)
+
+    def call(error):
+        with pytest.raises(Ended) as caught, processes.together():
+            raise error
+        return caught.value.args[0]
+
+    return call
+
+
+def test_a_process_that_loses_the_others_says_so_and_ends_at_once(ending, capsys):
+    assert ending(jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed:\nConnection closed by peer")) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the processes of this run have lost each other (UNKNOWN: Gloo AllGather failed: Connection closed by peer); start all")
+
+
+def test_a_process_that_fails_by_itself_ends_at_once_too(ending, capsys):
+    assert ending(SystemExit(2)) == 2 and not capsys.readouterr().err, "which has been told before"
+    assert ending(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")) == 1 and "lost each other" not in capsys.readouterr().err
+    assert ending(KeyError("a mistake of ours")) == 1 and "Traceback" in capsys.readouterr().err
+
+
+def test_a_process_alone_fails_as_ever():
+    with pytest.raises(KeyError), processes.together():
+        raise KeyError("a mistake of ours")
 
 
 def test_a_signal_to_stop_is_noted_and_a_second_one_is_not_kept_back():

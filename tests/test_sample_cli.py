@@ -250,7 +250,7 @@ def test_sampling_says_on_one_line_which_flag_is_wrong(script, flags, said):
 def test_weights_that_cannot_be_read_are_one_line(script, media, workdir, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(workdir, broken)
-    (broken / "checkpoints" / "8" / "state" / "_METADATA").write_text("{")
+    (broken / "checkpoints" / "8" / "ema" / "_METADATA").write_text("{")
     given = ["-s", media / "portrait.png", "-d", media / "motion.mp4", "--checkpoint", broken, "-o", tmp_path / "out"]
     status, _, err = script("sample.py", *given)
     (line,) = err.splitlines()

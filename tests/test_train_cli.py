@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CHEAP, ROOT
+from conftest import CHEAP, ROOT, saved_state
 
 from svdp_jax import checkpoint, journal, pipeline, train_state
 
@@ -39,7 +39,7 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(workdir, train_tiny, tmp_path
     train_tiny(resumed, "--train.stop-at", "4")
     assert [path.name for path in (resumed / "checkpoints").iterdir() if path.name.isdigit()] == ["4"]
     train_tiny(resumed)
-    straight, again = (checkpoint.load_tree(path / "checkpoints" / "8" / "state") for path in (workdir, resumed))
+    straight, again = (saved_state(path, 8) for path in (workdir, resumed))
     assert {"params", "ema", "opt_state", "step"} <= set(straight)
     jax.tree.map(np.testing.assert_array_equal, straight, again)
     for one, other in zip(metrics_of(workdir), metrics_of(resumed), strict=True):
@@ -54,7 +54,7 @@ def test_sigterm_saves_and_ends_well(workdir, train_tiny, tmp_path, monkeypatch,
     saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
     assert 3 <= max(saved) <= 5 and f"step {max(saved)}: " in capsys.readouterr().out.splitlines()[-1]
     train_tiny(tmp_path / "run")
-    straight, again = (checkpoint.load_tree(path / "checkpoints" / "8" / "state") for path in (workdir, tmp_path / "run"))
+    straight, again = (saved_state(path, 8) for path in (workdir, tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, straight, again)
     for one, other in zip(metrics_of(workdir), metrics_of(tmp_path / "run"), strict=True):
         assert [one[name] for name in ("step", "loss", "grad_norm")] == [other[name] for name in ("step", "loss", "grad_norm")]
@@ -176,7 +176,7 @@ def test_other_settings_are_told_and_go_on(train, begun, recwarn):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut off", "gone", "empty"])
-@pytest.mark.parametrize("part", ["state/manifest.ocdbt", "state/_METADATA", "state/ocdbt.process_0/d/*", "state/d/*", "run/metadata"])
+@pytest.mark.parametrize("part", ["state/manifest.ocdbt", "ema/_METADATA", "state/ocdbt.process_0/d/*", "ema/d/*", "run/metadata"])
 def test_a_checkpoint_that_is_damaged_is_no_beginning(begun, dataset, python, part, damage):
     for path in (begun / "checkpoints" / "4").glob(part):
         if damage == "gone":
@@ -205,7 +205,7 @@ def test_a_workdir_that_cannot_be_written_is_one_line(train, tmp_path, place):
 
 
 def test_ten_steps_that_are_not_finite_end_the_run_and_keep_its_checkpoint(train, begun, monkeypatch):
-    state = checkpoint.load_tree(begun / "checkpoints" / "4" / "state")
+    state = saved_state(begun, 4)
     step = train_state.train_step
 
     def nothing(config, state, *inputs, **how):
@@ -215,7 +215,7 @@ def test_ten_steps_that_are_not_finite_end_the_run_and_keep_its_checkpoint(train
     monkeypatch.setattr(train_state, "train_step", nothing)
     said = error_of(train(begun, "--train.steps", 40, "--train.checkpoint-every", 100, "--train.log-every", 5))
     assert "step 14: loss or gradient was not finite for 10 steps in a row" in said and "keeps the checkpoint of step 4" in said
-    jax.tree.map(np.testing.assert_array_equal, state, checkpoint.load_tree(begun / "checkpoints" / "4" / "state"))
+    jax.tree.map(np.testing.assert_array_equal, state, saved_state(begun, 4))
     assert [line["step"] for line in metrics_of(begun)] == [2, 4, 5, 10] and "loss" not in metrics_of(begun)[-1]
 
 

@@ -11,13 +11,13 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jax.ad_checkpoint import checkpoint_name
-from tiny_network import TINY, draw_inputs, fresh_params, redrawn
+from tiny_network import TINY, assert_close, draw_inputs, each_layer, fresh_params, linear, redrawn
 
 from svdp_jax import train_state
 from svdp_jax.config import Config, ModelConfig
 from svdp_jax.models import parallel, tokens
-from svdp_jax.models.blocks import JointBlock, Layer, Shared, Streams, TemporalBlock
-from svdp_jax.models.layers import Modulation, layer_norm, rms_norm, sinusoid
+from svdp_jax.models.blocks import JointBlock, Shared, TemporalBlock
+from svdp_jax.models.layers import Modulation, layer_norm, sinusoid
 from svdp_jax.models.transformer import Transformer, layer_groups
 from svdp_jax.types import Conditions
 
@@ -74,18 +74,7 @@ def only(sample):
     return (jnp.arange(BATCH) == sample)[:, None, None, None, None]
 
 
-def assert_close(ours, theirs, tolerance=1e-5):
-    """Equal up to float32's rounding, by the largest entry of each array."""
-    for (path, one), (_, other) in zip(*(jax.tree_util.tree_leaves_with_path(tree) for tree in (ours, theirs)), strict=True):
-        limit = tolerance * max(1, np.abs(other).max())
-        np.testing.assert_allclose(one, other, rtol=0, atol=limit, err_msg=jax.tree_util.keystr(path))
-
-
 # ------------------------------------------------------------------------------------------------- by hand, without scans
-
-
-def linear(params, x):
-    return x @ params["kernel"] + params["bias"]
 
 
 def mlp_of(params, x):
@@ -103,13 +92,6 @@ def embed(params, latents):
 def head(params, image, c):
     shift, scale = Modulation(CONFIG, chunks=2).apply({"params": params["final_modulation"]}, c)
     return tokens.unpatchify(linear(params["final"], layer_norm(image) * (1 + scale) + shift), CONFIG.patch, SIDE, SIDE)
-
-
-def each_layer(params):
-    """(kind, parameters) of every layer, taken out of the scanned stacks."""
-    for kind, layers in layer_groups(CONFIG):
-        for index in range(layers):
-            yield kind, params[kind] if kind == "last" else jax.tree.map(lambda leaf, index=index: leaf[index], params[kind])
 
 
 @jax.jit
@@ -250,135 +232,6 @@ def test_only_its_number_tells_a_frame_its_place(network):
     without = apply(MODEL, params, mixed, t, mixed_conditions, constants, jnp.arange(FRAMES, dtype=jnp.float32))
     assert_close(with_numbers, straight[:, order])
     assert np.abs(without - straight[:, order]).max() > 1e-2
-
-
-class Moment(NamedTuple):
-    """One temporal block and its inputs."""
-
-    params: Any
-    z: jax.Array  # [B, F, S, D]
-    history: jax.Array  # [B, P, S, D]
-    shared: Shared
-
-
-@pytest.fixture
-def moment(network):
-    generator = np.random.default_rng(5)
-    normal = lambda *shape: jnp.asarray(generator.normal(size=shape), jnp.float32)
-    width = CONFIG.width
-    params = dict(each_layer(network.params))["plain"]["temporal"]
-    shared = Shared(normal(BATCH, width), normal(BATCH, width), normal(FRAMES, width), normal(PAST, width), None, None)
-    return Moment(params, normal(BATCH, FRAMES, 4, width), normal(BATCH, PAST, 4, width), shared)
-
-
-@functools.partial(jax.jit, static_argnames=("temporal", "updates"))
-def temporal_block(params, z, history, shared, *, temporal="full", updates=True):
-    return TemporalBlock(dataclasses.replace(CONFIG, temporal=temporal), "plain", updates).apply({"params": params}, z, history, shared)
-
-
-def test_temporal_block_by_hand(moment):
-    """Every frame by its own modulation, all of them together in attention: frame numbers, gates and t = 0 for history."""
-    params, z, history, shared = moment
-    sizes = (CONFIG.heads, CONFIG.head_size)
-
-    def modulated(x, c, code):
-        shift, scale, gate = jnp.moveaxis(jnp.tensordot(nn.silu(c), params["modulation"]["linear"]["kernel"], 1) + params["modulation"]["linear"]["bias"], 1, 0)
-        return layer_norm(x) * (1 + scale[:, None, None]) + shift[:, None, None] + code[:, None], gate[:, None, None]
-
-    clean, gate = modulated(z, shared.c, shared.frame_code)
-    past, past_gate = modulated(history, shared.c_history, shared.history_code)
-    x = jnp.concatenate([clean, past], axis=1).reshape(BATCH, -1, CONFIG.width)
-    q, k, v = (linear(jax.tree.map(lambda leaf, i=i: leaf[..., i, :, :].reshape(*leaf.shape[:-3], -1), params["qkv"]["linear"]), x) for i in range(3))
-    q, k, v = (a.reshape(*a.shape[:2], *sizes) for a in (q, k, v))
-    q, k = rms_norm(q, params["qkv"]["q_norm"]), rms_norm(k, params["qkv"]["k_norm"])
-    weights = jax.nn.softmax(jnp.einsum("bqnh,bknh->bnqk", q, k) / CONFIG.head_size**0.5)
-    out = jnp.einsum("bnqk,bknh,nhd->bqd", weights, v, params["out"]["linear"]["kernel"]) + params["out"]["linear"]["bias"]
-    out = out.reshape(BATCH, FRAMES + PAST, 4, CONFIG.width)
-
-    new_z, new_history = temporal_block(*moment)
-    assert_close(new_z, z + gate * out[:, :FRAMES])
-    assert_close(new_history, history + past_gate * out[:, FRAMES:])
-
-
-@pytest.mark.parametrize("temporal", ["full", "factorized"])
-def test_history_that_is_masked_in_time_is_no_history(moment, temporal):
-    params, z, history, shared = moment
-    kept = tokens.kept_in_time(jnp.array([2, 3, 0, 3]), FRAMES, PAST, 4)
-    masked, _ = temporal_block(params, z, 1e3 * history, shared._replace(kept_in_time=kept), temporal=temporal)
-    without, _ = temporal_block(params, z, None, shared._replace(c_history=None, history_code=None), temporal=temporal)
-    present, _ = temporal_block(params, z, 1e3 * history, shared, temporal=temporal)
-    assert_close(masked[::2], without[::2])
-    assert_close(masked[1::2], present[1::2])
-    assert np.abs(present - without).max() > 1e-2
-
-
-def test_full_and_factorized_agree_where_a_frame_is_one_token(moment):
-    params, z, history, shared = moment
-    for kept in (None, tokens.kept_in_time(jnp.arange(4), FRAMES, PAST, 1)):
-        masked = shared._replace(kept_in_time=kept)
-        one = [temporal_block(params, z[:, :, :1], history[:, :, :1], masked, temporal=temporal) for temporal in ("full", "factorized")]
-        assert_close(*one)
-    many = [temporal_block(params, z, history, shared, temporal=temporal)[0] for temporal in ("full", "factorized")]
-    assert np.abs(many[0] - many[1]).max() > 1e-2
-
-
-def test_reach_of_full_and_of_factorized_attention(moment):
-    """Which tokens [frame, place] of z and history the output of frame 1, place 2 depends on."""
-    params, z, history, shared = moment
-    for temporal, reached in (("full", np.ones(4, bool)), ("factorized", np.arange(4) == 2)):
-        token = lambda z, history, temporal=temporal: jnp.sin(temporal_block(params, z, history, shared, temporal=temporal)[0][0, 1, 2]).sum()
-        for gradient, frames in zip(jax.grad(token, argnums=(0, 1))(z, history), (FRAMES, PAST), strict=True):
-            depends = np.abs(gradient[0]).max(axis=-1) > 0
-            np.testing.assert_array_equal(depends, np.broadcast_to(reached, (frames, 4)))
-            np.testing.assert_array_equal(gradient[1:], 0)
-
-
-def one_layer(params, kind, image, history, c, c_history):
-    """Streams after one layer; `params` has the layer's. Text and frame codes are fixed."""
-    generator = np.random.default_rng(7)
-    normal = lambda *shape: jnp.asarray(generator.normal(size=shape), jnp.float32)
-    text, history_text = (normal(BATCH, frames, CONFIG.text_tokens, CONFIG.width) for frames in (FRAMES, PAST))
-    shared = Shared(c, c_history, normal(FRAMES, CONFIG.width), normal(PAST, CONFIG.width), None, None)
-    streams = Streams(text, image, history_text, history)
-    return streams, jax.jit(Layer(CONFIG, kind, 4, "plain").apply)({"params": params}, streams, shared)[0]
-
-
-def closed(params, *names):
-    """`params` in which the modulation of these blocks, and so their gates, are zero."""
-    shut = lambda path, leaf: jnp.zeros_like(leaf) if any(entry.key in names for entry in path) else leaf
-    return jax.tree_util.tree_map_with_path(shut, params)
-
-
-def test_source_and_driving_take_no_part_in_the_temporal_block(network, moment):
-    params = closed(dict(each_layer(network.params))["plain"], "image_modulation", "text_modulation")  # the joint block does nothing
-    rest = jnp.asarray(np.random.default_rng(8).normal(size=(2, BATCH, FRAMES, 8, CONFIG.width)), jnp.float32)
-    image, other = (jnp.concatenate([moment.z, x], axis=2) for x in rest)
-    (_, out), (_, out_other) = (one_layer(params, "plain", x, moment.history, moment.shared.c, moment.shared.c_history) for x in (image, other))
-    assert np.abs(out.image[:, :, :4] - moment.z).max() > 1e-2
-    np.testing.assert_array_equal(out.image[:, :, :4], out_other.image[:, :, :4])
-    np.testing.assert_array_equal(out.history, out_other.history)
-    np.testing.assert_array_equal(out.image[:, :, 4:], image[:, :, 4:])
-
-
-def test_history_is_modulated_as_clean(network, moment):
-    """With the temporal gate closed, the noise level c leaves history as it is; what stands for t = 0 changes it."""
-    layer = dict(each_layer(network.params))["plain"]
-    params = {"temporal": closed(layer["temporal"], "modulation"), "joint": layer["joint"]}
-    c, c_history = moment.shared.c, moment.shared.c_history
-    (_, out), (_, other_t), (_, other_clean) = (one_layer(params, "plain", moment.z, moment.history, *cs) for cs in ((c, c_history), (2 * c, c_history), (c, 2 * c_history)))
-    np.testing.assert_array_equal(out.history, other_t.history)
-    np.testing.assert_array_equal(out.history_text, other_t.history_text)
-    np.testing.assert_array_equal(out.image, other_clean.image)
-    assert np.abs(out.history - other_clean.history).max() > 1e-2 and np.abs(out.history_text - other_clean.history_text).max() > 1e-2
-
-
-def test_only_the_last_layer_leaves_history_and_text_alone(network, moment):
-    for kind, params in each_layer(network.params):
-        before, after = one_layer(params, kind, moment.z, moment.history, moment.shared.c, moment.shared.c_history)
-        assert np.abs(after.image - before.image).max() > 1e-2
-        for name in ("text", "history", "history_text"):
-            changed = np.abs(getattr(after, name) - getattr(before, name)).max() > 1e-2
-            assert changed == (kind != "last"), (kind, name)
 
 
 # ------------------------------------------------------------------------------------------------- memory and precision

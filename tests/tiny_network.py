@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from svdp_jax import train_state
 from svdp_jax.config import load_config
 from svdp_jax.models import tokens
-from svdp_jax.models.transformer import abstract_inputs
+from svdp_jax.models.transformer import abstract_inputs, layer_groups
 
 TINY = load_config(pathlib.Path(__file__).parents[1] / "configs" / "tiny.py")
 
@@ -48,3 +48,21 @@ def draw_inputs(config, *, batch=2, frames=3, history=2, height=4, width=4, seed
     z, _, conditions, constants = jax.tree.map(lambda leaf: jnp.asarray(generator.normal(size=leaf.shape), jnp.float32), shapes)
     crops = tokens.shifted_crops(tokens.position_table(config), height // config.patch, width // config.patch)
     return z, jnp.linspace(0.9, 0.3, batch), conditions, constants._replace(positions=crops)
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    """Equal up to float32's rounding, by the largest entry of each array."""
+    for (path, one), (_, other) in zip(*(jax.tree_util.tree_leaves_with_path(tree) for tree in (ours, theirs)), strict=True):
+        limit = tolerance * max(1, np.abs(other).max())
+        np.testing.assert_allclose(one, other, rtol=0, atol=limit, err_msg=jax.tree_util.keystr(path))
+
+
+def linear(params, x):
+    return x @ params["kernel"] + params["bias"]
+
+
+def each_layer(params):
+    """(kind, parameters) of every layer of the tiny network, taken out of the scanned stacks."""
+    for kind, layers in layer_groups(TINY.model):
+        for index in range(layers):
+            yield kind, params[kind] if kind == "last" else jax.tree.map(lambda leaf, index=index: leaf[index], params[kind])

@@ -11,11 +11,18 @@ workers, nor the number of processes change what is learned from.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
+import itertools
 import logging
+import os
+import signal
 import sys
+import threading
+import time
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from multiprocessing import resource_tracker
 
 import cv2
 import grain
@@ -72,17 +79,21 @@ def batches(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain reads absl's flags, which only absl's own main would have parsed
         ahead = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-        ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2))
-    stream = _stream(iter(ahead), clips, limit=data.corrupt_limit, shared=data.workers > 0)
+        ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2), worker_init_fn=_end_with_parent)
+    stream = _stream(iter(ahead), clips, limit=data.corrupt_limit, workers=data.workers)
     atexit.register(_close, weakref.ref(stream))
     return stream
 
 
-def _stream(iterator: grain.DatasetIterator, clips: clips_lib.Clips, *, limit: float, shared: bool) -> Generator[Batch, None, None]:
-    """The batches alone. `shared` arrays lie in their worker's memory, which ends with it: they are copied."""
+def _stream(iterator: grain.DatasetIterator, clips: clips_lib.Clips, *, limit: float, workers: int) -> Generator[Batch, None, None]:
+    """The batches alone. Those of `workers` lie in their worker's memory, which ends with it: they are copied."""
     bad: set[int] = set()  # kept here and not where records are read, so that it is the same for any number of workers
     try:
-        for batch, corrupt in iterator:
+        first = []
+        if workers:
+            with _deaf():  # each begins when it is first asked
+                first = [next(iterator) for _ in range(workers)]
+        for batch, corrupt in itertools.chain(first, iterator):
             for number, problem in corrupt:
                 if number not in bad:
                     bad.add(number)
@@ -90,9 +101,33 @@ def _stream(iterator: grain.DatasetIterator, clips: clips_lib.Clips, *, limit: f
             if len(bad) > limit * len(clips):
                 share = f"{len(bad)} of {len(clips)} records of {clips.path} are corrupt, more than data.corrupt_limit={limit:g} allows"
                 raise video.MediaError(f"{share}; the last: {problem}; make the dataset again")
-            yield Batch(*map(np.array, batch)) if shared else batch
+            yield Batch(*map(np.array, batch)) if workers else batch
     finally:
         iterator.close()
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that begin inside never hear Ctrl-C or SIGTERM. Sent to the whole group, these are for the process that trains to answer, which
+    may need some more batches; it hears them behind this."""
+    resource_tracker.ensure_running()  # which would let signals in again when the first process needs it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent(*_) -> None:
+    """In a worker: it goes when its parent is gone, which SIGKILL may have taken."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _close(stream: weakref.ref[Generator[Batch, None, None]]) -> None:

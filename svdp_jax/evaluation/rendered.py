@@ -292,7 +292,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description="Animate held-out rendered portraits and measure how well; prints a table with targets and, last, a line of JSON.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--checkpoint", type=pathlib.Path, required=True, help="training workdir or exported checkpoint")
+    parser.add_argument("--checkpoint", required=True, help="training workdir or exported checkpoint")
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="people and motions never trained on")
     parser.add_argument("--clips", type=int, default=32, help="pairs of people")
     parser.add_argument("--frames", type=int, default=40, help="per clip, the last of which is the source")

@@ -62,7 +62,7 @@ class TemporalBlock(nn.Module):
     @nn.compact
     def __call__(self, z: Float[Array, "B F S D"], history: Float[Array, "B P S D"] | None, shared: Shared):
         config = self.config
-        modulation = Modulation(config, chunks=3, gate=(2, config.temporal_gate), name="modulation")
+        modulation = Modulation(config, chunks=3, gate=(2, config.temporal_gate), layout=self.layout, name="modulation")
         qkv, output = QKV(config, name="qkv"), Output(config, name="out")
 
         def heads(x, c, code):
@@ -98,8 +98,8 @@ class JointBlock(nn.Module):
     @nn.compact
     def __call__(self, text: Float[Array, "B F T D"], image: Float[Array, "B F S D"], c: Float[Array, "B D"], kept: Int[Array, "B"] | None):
         config, last, words = self.config, self.kind == "last", text.shape[2]
-        image_mod = Modulation(config, chunks=9 if self.kind == "dual" else 6, name="image_modulation")(c)
-        text_mod = Modulation(config, chunks=2 if last else 6, name="text_modulation")(c)
+        image_mod = Modulation(config, chunks=9 if self.kind == "dual" else 6, layout=self.layout, name="image_modulation")(c)
+        text_mod = Modulation(config, chunks=2 if last else 6, layout=self.layout, name="text_modulation")(c)
 
         normed = layer_norm(image)
         image_qkv = QKV(config, name="image_qkv")(modulate(normed, *image_mod[:2]).astype(config.dtype))

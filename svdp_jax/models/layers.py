@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from svdp_jax.config import ModelConfig
+from svdp_jax.sharding import Layout
 
 EPSILON = 1e-6
 
@@ -103,6 +104,7 @@ class Modulation(nn.Module):
     config: ModelConfig
     chunks: int
     gate: tuple[int, float] | None = None
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(self, c: Float[Array, "B D"]) -> tuple[Float[Array, "B 1 1 D"], ...]:
@@ -113,4 +115,6 @@ class Modulation(nn.Module):
         names = ("embed", "chunks", "modulation")
         layer = dense((self.chunks, self.config.width), names, dtype=self.config.dtype, zero=True, bias=bias, name="linear")
         chunks = layer(nn.silu(c))  # [B, chunks, D]
+        if self.layout:  # whole, where devices have columns of the matrix: it meets tokens of the whole width
+            chunks = self.layout.constrain(chunks, "batch", "chunks", "width")
         return tuple(chunks[:, i, None, None] for i in range(self.chunks))

@@ -148,7 +148,7 @@ class Transformer(nn.Module):
             streams, _ = layer(config, kind, count, self.backend, self.layout, name=kind)(streams, shared)
 
         out = layer_norm(streams.image[:, :, :count])
-        shift, scale = Modulation(config, chunks=2, name="final_modulation")(shared.c)
+        shift, scale = Modulation(config, chunks=2, layout=self.layout, name="final_modulation")(shared.c)
         head = dense(config.patch**2 * config.latent_channels, ("embed", "patch"), dtype=config.dtype, zero=True, name="final")
         out = head(modulate(out, shift, scale).astype(config.dtype)).astype(jnp.float32)
         return tokens.unpatchify(out, config.patch, height, width)
