@@ -2,22 +2,27 @@
 
     python sample.py                                    the bundled portrait, driving clip and demo weights -> out/
     python sample.py -s PHOTO -d VIDEO -o DIR --checkpoint DIR
+    python sample.py --jobs JOBS.csv -o DIR             many: a CSV file with the columns source, driving and, if need be, output
 
 Writes {source}--{driving}.mp4 with the driver's frame rate, frame count and sound, the same beside its inputs
 (_concat.mp4), and a .json that says how it was made. Finished windows are kept beside them until then: after a crash,
 --resume goes on from the last one.
 """
 
+import concurrent.futures
+import csv
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
+import queue
 import shutil
 import sys
-import time
-from collections.abc import Iterator
-from typing import Annotated, Any
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, NamedTuple
 
 import cv2
 import jax
@@ -26,11 +31,22 @@ import tyro
 from tqdm import tqdm
 
 import svdp_jax
-from svdp_jax import checkpoint, cli, pipeline, rendering
-from svdp_jax.config import Config, ConfigError
+from svdp_jax import checkpoint, cli, pipeline, rendering, sharding
+from svdp_jax.config import Config, ConfigError, MeshConfig
 from svdp_jax.data import faces, inputs, video
+from svdp_jax.stopwatch import Stopwatch
+from svdp_jax.types import Frozen
 
 DEMO = pathlib.Path(svdp_jax.__file__).parent / "assets" / "demo"
+COLUMNS = ("source", "driving", "output")  # of a file of jobs
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """What several devices do."""
+
+    strategy: Literal["data", "context"] = "data"
+    """`data`: each takes jobs of its own. `context`: all of them share the frames of one job after the other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +59,8 @@ class Flags:
     """Video (or picture) whose expressions and pose it takes on (default: the bundled one)."""
     output: Annotated[pathlib.Path, tyro.conf.arg(aliases=["-o"])] = pathlib.Path("out")
     """Directory for the results."""
+    jobs: pathlib.Path | None = None
+    """CSV file of many pairs: columns source, driving and, if need be, output. One that fails is told at the end and stops no other."""
     checkpoint: str = str(DEMO / "checkpoint")
     """Training workdir or exported checkpoint, here or on gs://. The bundled one knows rendered portraits only."""
     steps: int | None = None
@@ -67,97 +85,220 @@ class Flags:
     """Put the animated crop back into the whole picture."""
     resume: bool = False
     """Continue an interrupted rendering; the result is that of one that was not interrupted."""
+    mesh: Mesh = Mesh()
+
+
+class Job(NamedTuple):
+    """One portrait with one driver."""
+
+    source: pathlib.Path
+    driving: pathlib.Path
+    output: pathlib.Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.source.stem}--{self.driving.stem}"
+
+
+class Model(NamedTuple):
+    """A checkpoint, on a device or over all of them."""
+
+    params: Any
+    frozen: Frozen
+    layout: sharding.Layout | None
 
 
 def main(flags: Flags) -> None:
-    # ------------------------------------------------------------------------- inputs: all checked before any slow work
-    started = time.perf_counter()
-    if (flags.source is None) != (flags.driving is None):
-        raise ConfigError("--source and --driving go together; without both, the bundled pair is used")
+    cli.keep_programs()
     if flags.max_frames is not None and flags.max_frames < 1:
         raise ConfigError(f"--max-frames {flags.max_frames} must be at least 1")
     if not 0 <= flags.seed < 2**32:
         raise ConfigError(f"--seed {flags.seed} must be 0 to 2**32 - 1")
-    bundled = flags.source is None
-    source, driving = (DEMO / "source.png", DEMO / "driving.mp4") if bundled else (flags.source, flags.driving)
-    config = read_config(flags)
-    name = f"{source.stem}--{driving.stem}"
-    make_writable(flags.output, name)
-    finished = flags.output / f".{name}.windows"
+    jobs, config = jobs_of(flags), read_config(flags)
+    provenance = functools.cache(lambda: checkpoint.fingerprint(flags.checkpoint))
+    if flags.mesh.strategy == "context":
+        count = jax.device_count()
+        if config.data.frames % count:
+            raise ConfigError(f"--mesh.strategy context: {count} devices cannot share the {config.data.frames} frames of a window evenly")
+        places = [sharding.make_layout(MeshConfig(data=1, context=count, strategy="fsdp_context"))]
+    else:
+        places = jax.local_devices()[: len(jobs)]
+    models = [functools.cache(functools.partial(load, flags, config, place)) for place in places]
+    if flags.jobs is None:
+        print(render(jobs[0], flags, config, models[0], provenance))
+    else:
+        render_all(jobs, flags, config, models, provenance)
+
+
+def render_all(jobs: list[Job], flags: Flags, config: Config, models: list[Callable[[], Model]], provenance: Callable[[], str]) -> None:
+    """All jobs, as many at a time as there are models. Exits with status 1, naming them, where some have failed."""
+    waiting, failed = queue.SimpleQueue(), []
+    for job in jobs:
+        waiting.put(job)
+    bar = tqdm(total=len(jobs), unit="job", dynamic_ncols=True)
+
+    def work(model: Callable[[], Model]) -> None:
+        while True:
+            try:
+                job = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                tqdm.write(render(job, flags, config, model, provenance, quiet=len(models) > 1))
+            except Exception as error:
+                known = isinstance(error, (ConfigError, video.MediaError))
+                failed.append((job, str(error) if known else "".join(traceback.format_exception(error)).strip()))
+            bar.update()
+
+    with bar:
+        if len(models) == 1:
+            work(models[0])
+        else:
+            with concurrent.futures.ThreadPoolExecutor(len(models)) as workers:
+                try:
+                    for done in [workers.submit(work, model) for model in models]:
+                        done.result()
+                except KeyboardInterrupt:
+                    print("interrupted; finished windows are kept: --resume continues", file=sys.stderr)
+                    os._exit(130)  # or the others would be waited for
+    for job, problem in failed:
+        print(f"failed: {job.source} with {job.driving}: {problem}", file=sys.stderr)
+    if failed:
+        print(f"error: {len(failed)} of {len(jobs)} jobs failed", file=sys.stderr)
+        sys.exit(1)
+
+
+def render(job: Job, flags: Flags, config: Config, model: Callable[[], Model], provenance: Callable[[], str], *, quiet: bool = False) -> str:
+    """One job, from its files to its files: what is said of it in the end."""
+    # ------------------------------------------------------------------------- inputs: all checked before any slow work
+    watch = Stopwatch()
+    make_writable(job.output, job.name)
+    finished = job.output / f".{job.name}.windows"
     kept = rendering.windows_in(finished)
     if kept and not flags.resume:
         raise ConfigError(f"{finished} holds {kept} finished windows of an interrupted rendering; continue it with --resume, or delete it to begin anew")
-    if kept:
-        prepared = inputs.load(finished / rendering.INPUTS, source, driving, config.data)
-    else:
-        prepared = inputs.prepare(
-            source,
-            driving,
-            config.data,
-            landmarker=flags.landmarker,
-            face=flags.face,
-            driving_face=flags.driving_face,
-            align=flags.align and not bundled,
-            max_frames=flags.max_frames,
-        )
-    provenance = checkpoint.fingerprint(flags.checkpoint)
-    settings = settings_of(flags, config, source, driving, provenance)
+    with watch("inputs"):
+        if kept:
+            prepared = inputs.load(finished / rendering.INPUTS, job.source, job.driving, config.data)
+        else:
+            prepared = inputs.prepare(
+                job.source,
+                job.driving,
+                config.data,
+                landmarker=flags.landmarker,
+                face=flags.face,
+                driving_face=flags.driving_face,
+                align=flags.align and job.source.parent != DEMO,
+                max_frames=flags.max_frames,
+            )
+        settings = settings_of(flags, config, job, provenance())
     if kept:
         rendering.check_settings(finished, settings)
     else:
         rendering.begin(finished, settings, bytes_needed=3 * len(prepared.landmarks) * prepared.size**2)
         inputs.save(prepared, finished / rendering.INPUTS)
 
-    # ---------------------------------------------------------------------------------------------------------- weights
-    loading = animating = time.perf_counter()
+    # ---------------------------------------------------------------------------------------------------------- animate
     frames = len(prepared.landmarks)
     windows = -(-frames // config.data.frames)
     if kept < windows:
-        config, params, frozen = checkpoint.load_weights(flags.checkpoint)
-        config = override(config, flags)
-        params = jax.device_put(params)
-
-        # ------------------------------------------------------------------------------------------------------ animate
-        animating = time.perf_counter()
+        with watch("load"):
+            params, frozen, layout = model()
         steps, total = config.sample.steps, windows * config.sample.steps
-        bar = tqdm(total=total, initial=kept * steps, unit="step", desc=f"{frames} frames, {windows} windows", dynamic_ncols=True)
+        bar = tqdm(total=total, initial=kept * steps, unit="step", desc=f"{frames} frames, {windows} windows", dynamic_ncols=True, disable=quiet)
+        masked = inputs.masked_frames(prepared, config.data, start=kept * config.data.frames)
+        key, after = jax.random.key(flags.seed), rendering.last(finished)
+        made = pipeline.animate(config, params, frozen, prepared.source, masked, key, after=after, layout=layout, progress=bar.update, watch=watch)
         with bar, cli.interrupted(f"finished windows are kept in {finished}: --resume continues"):
-            masked = inputs.masked_frames(prepared, config.data, start=kept * config.data.frames)
-            key, after = jax.random.key(flags.seed), rendering.last(finished)
-            for window in pipeline.animate(config, params, frozen, prepared.source, masked, key, after=after, progress=bar.update):
-                rendering.save(finished, window)
+            keep_windows(finished, made, watch)
 
     # ------------------------------------------------------------------------------------------------------------ write
-    writing = time.perf_counter()
     made = {
         "note": "synthesised: this video shows events that did not happen",
         "version": f"svdp_jax {svdp_jax.__version__}",
-        "checkpoint": provenance,
+        "checkpoint": provenance(),
     }
-    metadata = {"title": name, "comment": "; ".join([made["note"], made["version"], f"checkpoint {made['checkpoint']}"])}
-    written = [flags.output / f"{name}.mp4"]
-    pictures = whole_pictures(rendering.frames(finished), prepared, paste_back=flags.paste_back)
-    video.write_video(written[0], pictures, fps=prepared.info.fps, audio_from=driving, metadata=metadata)
-    if flags.concat:
-        written.append(flags.output / f"{name}_concat.mp4")
-        pictures = side_by_side(rendering.frames(finished), prepared)
-        video.write_video(written[1], pictures, fps=prepared.info.fps, audio_from=driving, metadata=metadata)
-    done = time.perf_counter()
+    metadata = {"title": job.name, "comment": "; ".join([made["note"], made["version"], f"checkpoint {made['checkpoint']}"])}
+    written = [job.output / f"{job.name}.mp4"]
+    with watch("write"):
+        pictures = whole_pictures(rendering.frames(finished), prepared, paste_back=flags.paste_back)
+        video.write_video(written[0], pictures, fps=prepared.info.fps, audio_from=job.driving, metadata=metadata)
+        if flags.concat:
+            written.append(job.output / f"{job.name}_concat.mp4")
+            pictures = side_by_side(rendering.frames(finished), prepared)
+            video.write_video(written[1], pictures, fps=prepared.info.fps, audio_from=job.driving, metadata=metadata)
     record = made | {
-        "source": source.name,
-        "driving": driving.name,
+        "source": job.source.name,
+        "driving": job.driving.name,
         "frames": frames,
         "fps": str(prepared.info.fps),
         "seed": flags.seed,
         "steps": config.sample.steps,
         "guidance": config.sample.guidance,
         "windows": {"rendered": windows - kept, "resumed": kept},
-        "seconds": {"inputs": loading - started, "load": animating - loading, "animate": writing - animating, "write": done - writing},
+        "seconds": watch.seconds,
     }
-    written.append(flags.output / f"{name}.json")
+    written.append(job.output / f"{job.name}.json")
     written[-1].write_text(json.dumps(record, indent=2) + "\n")
     shutil.rmtree(finished)
-    print("\n".join(f"wrote {path}" for path in written))
+    spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in watch.seconds.items())
+    return "\n".join([f"seconds: {spent}; {watch.since_start():.1f} in all", *(f"wrote {path}" for path in written)])
+
+
+def keep_windows(folder: pathlib.Path, windows: Iterator[pipeline.Window], watch: Stopwatch) -> None:
+    """Fetches and keeps each window while the device is at work on the next."""
+
+    def keep(window: pipeline.Window) -> None:
+        with watch("decode"):
+            window = pipeline.Window(window.number, np.asarray(window.frames), np.asarray(window.history))
+        if "first frame" not in watch.seconds:
+            watch.seconds["first frame"] = watch.since_start()
+        with watch("keep"):
+            rendering.save(folder, window)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as writer:
+        before = None
+        for window in windows:
+            if before:
+                before.result()
+            before = writer.submit(keep, window)
+        if before:
+            before.result()
+
+
+def jobs_of(flags: Flags) -> list[Job]:
+    """What is to be done. ConfigError where that is not clear."""
+    if (flags.source is None) != (flags.driving is None):
+        raise ConfigError("--source and --driving go together; without both, the bundled pair is used")
+    if flags.jobs is None:
+        bundled = flags.source is None
+        return [Job(DEMO / "source.png", DEMO / "driving.mp4", flags.output) if bundled else Job(flags.source, flags.driving, flags.output)]
+    if flags.source is not None:
+        raise ConfigError("--jobs has the pairs of --source and --driving: give one or the other")
+    try:
+        with flags.jobs.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"--jobs {flags.jobs} cannot be read: {error}") from error
+    if not rows or not {"source", "driving"} <= set(rows[0]) <= set(COLUMNS):
+        raise ConfigError(f"--jobs {flags.jobs}: needs a first line with the columns source,driving and, if need be, output, and a line for each job")
+    jobs = []
+    for line, row in enumerate(rows, start=2):
+        if not row["source"] or not row["driving"]:
+            raise ConfigError(f"--jobs {flags.jobs}, line {line}: source and driving must both be there")
+        jobs.append(Job(pathlib.Path(row["source"]), pathlib.Path(row["driving"]), pathlib.Path(row.get("output") or flags.output)))
+    results = [(job.output, job.name) for job in jobs]
+    twice = next((number for number, result in enumerate(results) if result in results[:number]), None)
+    if twice is not None:
+        raise ConfigError(f"--jobs {flags.jobs}, line {twice + 2}: {jobs[twice].output / jobs[twice].name}.mp4 would be written by two jobs; give them outputs of their own")
+    return jobs
+
+
+def load(flags: Flags, config: Config, place: sharding.Layout | jax.Device) -> Model:
+    """The checkpoint's weights, where they are used."""
+    _, params, frozen = checkpoint.load_weights(flags.checkpoint, pipeline.abstract_weights(config, place))
+    layout = place if isinstance(place, sharding.Layout) else None
+    return Model(params, jax.device_put(frozen, place.whole if layout else place), layout)
 
 
 def read_config(flags: Flags) -> Config:
@@ -186,7 +327,7 @@ def make_writable(directory: pathlib.Path, name: str) -> None:
             raise ConfigError(f"--output {directory} cannot be written: {path.name} is a folder there; move it or choose another directory")
 
 
-def settings_of(flags: Flags, config: Config, source: pathlib.Path, driving: pathlib.Path, provenance: str) -> dict[str, Any]:
+def settings_of(flags: Flags, config: Config, job: Job, provenance: str) -> dict[str, Any]:
     """All that decides the frames: a rendering can be continued with the same settings alone."""
 
     def digest(path: pathlib.Path) -> str:
@@ -197,8 +338,8 @@ def settings_of(flags: Flags, config: Config, source: pathlib.Path, driving: pat
     return choices | {
         "version": svdp_jax.__version__,
         "checkpoint": provenance,
-        "source": digest(source),
-        "driving": digest(driving),
+        "source": digest(job.source),
+        "driving": digest(job.driving),
         "landmarker": str(flags.landmarker),
         "steps": config.sample.steps,
         "guidance": config.sample.guidance,

@@ -60,7 +60,7 @@ def main(config: Config, workdir: files.Place, cluster: processes.Cluster) -> No
     if start:
         state, frozen = steps.restore(checkpoints, sharding.abstract(boxed, shardings)), checkpoint.load_frozen(workdir)
     elif train.init_from:
-        params, frozen = checkpoint.load_initial(train.init_from, config, shardings.params)
+        params, frozen = checkpoint.load_initial(train.init_from, config, sharding.abstract(boxed.params, shardings.params))
         state = jax.jit(lambda params: train_state.init_state(config, params), out_shardings=shardings, donate_argnums=0)(params)
     else:
         state, frozen = jax.jit(lambda key: nn.meta.unbox(new_state(key)), out_shardings=shardings)(key_init), new_frozen(config)

@@ -53,14 +53,14 @@ def save_tree(directory: files.Place, tree: Any) -> None:
         (directory / COMMITTED).write_text("committed\n")  # orbax wrote where, on the machine it ran on
 
 
-def load_tree(directory: files.Place, shardings: Any = None) -> Any:
-    """A saved tree, as numpy arrays; or, with the `shardings` of its leaves, in float32 where these say, each device reading its own part."""
+def load_tree(directory: files.Place, like: Any = None) -> Any:
+    """A saved tree, as numpy arrays; or as arrays of the types and shardings of the shapes in `like`, each device reading its own part."""
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=READ_AT_ONCE)  # a checkpointer would warn that a part of a training step has no metadata of a step
     wanted = jax.tree.map(lambda _: 0, handler.metadata(absolute(directory)).tree)
-    if shardings is None:
+    if like is None:
         places = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     else:
-        places = jax.tree.map(lambda place: ocp.ArrayRestoreArgs(sharding=place, dtype=jnp.float32), shardings)
+        places = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), like)
     return handler.restore(absolute(directory), args=ocp.args.PyTreeRestore(item=wanted, restore_args=places))
 
 
@@ -111,22 +111,22 @@ def saved_steps(workdir: files.Place) -> list[int]:
     return sorted(int(path.name) for path in found)
 
 
-def load_weights(directory: str | os.PathLike, shardings: Any = None) -> tuple[Config, Any, Frozen]:
+def load_weights(directory: str | os.PathLike, like: Any = None) -> tuple[Config, Any, Frozen]:
     """Config, EMA parameters (float32) and frozen arrays of an exported checkpoint or a workdir's last step.
 
-    Parameters are numpy arrays, or lie on devices as `shardings` say: then no host holds them all. Raises ConfigError, naming what is missing or
+    Parameters are numpy arrays, or arrays as in `like` (shapes with types and shardings): then no host holds them all. Raises ConfigError, naming what is missing or
     does not fit the config, if the directory is neither."""
-    config, params, frozen = load_stored(directory, shardings)
-    return config, params if shardings else jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params), frozen
+    config, params, frozen = load_stored(directory, like)
+    return config, params if like else jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params), frozen
 
 
-def load_stored(directory: str | os.PathLike, shardings: Any = None) -> tuple[Config, Any, Frozen]:
+def load_stored(directory: str | os.PathLike, like: Any = None) -> tuple[Config, Any, Frozen]:
     """As `load_weights`; numpy arrays in the types that the checkpoint stores."""
     config, weights = find_weights(directory)
     try:
         if problem := misfit(abstract_params(config), stored(weights)):
             raise ConfigError(f"checkpoint {directory} does not fit its {CONFIG}: {problem}")
-        params = load_tree(weights, shardings)
+        params = load_tree(weights, like)
         frozen = load_frozen(files.place(directory))
     except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:  # orbax has a different one for each missing file
         if isinstance(error, ConfigError):
@@ -135,7 +135,7 @@ def load_stored(directory: str | os.PathLike, shardings: Any = None) -> tuple[Co
     return config, params, frozen
 
 
-def load_initial(directory: str | os.PathLike, config: Config, shardings: Any = None) -> tuple[Any, Frozen]:
+def load_initial(directory: str | os.PathLike, config: Config, like: Any = None) -> tuple[Any, Frozen]:
     """As `load_weights`, to start a new run from. ConfigError where the run's config wants another network.
 
     How the network is used (history, dropped signals, the kind of temporal attention) is the run's choice; what its weights
@@ -149,7 +149,7 @@ def load_initial(directory: str | os.PathLike, config: Config, shardings: Any = 
         differences += [f"{part}.{name}={here[name]} (checkpoint: {there[name]})" for name in here if here[name] != there[name] and name not in free]
     if differences:
         raise ConfigError(f"train.init_from={directory} holds another network than the config: {', '.join(differences)}")
-    _, params, frozen = load_weights(directory, shardings)
+    _, params, frozen = load_weights(directory, like)
     return params, frozen
 
 

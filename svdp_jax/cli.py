@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
+import pathlib
 import re
 import sys
 import warnings
@@ -56,6 +58,15 @@ def interrupted(advice: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(advice) from None
+
+
+def keep_programs() -> None:
+    """What JAX compiles is kept on disk for the next start: in $JAX_COMPILATION_CACHE_DIR, else in the user's cache directory."""
+    import jax  # which most commands do without
+
+    if not jax.config.jax_compilation_cache_dir:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "svdp_jax"))
 
 
 def _warning_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:

@@ -63,7 +63,7 @@ class ModelConfig:
     frame_frequencies: int = 128  # sinusoids that encode a frame number
     temporal: Literal["full", "factorized"] = "full"
     temporal_gate: float = 0.0  # initial gate of the temporal blocks; 0 leaves the trunk as it is
-    history: Literal["joint"] = "joint"  # history tokens attend, too, and are updated
+    history: Literal["joint", "cached"] = "joint"  # history attends, too; or is only attended to, so that a window needs its keys and values once
     dropped: Literal["omit", "zero"] = "omit"  # a dropped signal leaves the sequence, or stays as zeros
     prediction: Literal["velocity", "x0"] = "velocity"  # what the network puts out
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of matrix products; norms, softmax and flow are float32

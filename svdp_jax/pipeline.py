@@ -7,9 +7,12 @@ Encode, roll out, decode. Files, faces and crops are `data.inputs`; what happens
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,15 +21,22 @@ from jaxtyping import Array, Float32, Key, UInt8
 from svdp_jax import sampler, train_state
 from svdp_jax.config import Config, SampleConfig
 from svdp_jax.models.autoencoder import make_autoencoder, to_bytes, to_unit
+from svdp_jax.sharding import Layout
+from svdp_jax.stopwatch import Stopwatch
 from svdp_jax.types import Frozen
+
+CODED_AT_ONCE = 2  # frames that go through the autoencoder together: at 576 x 576 one needs about 2 GB
+FLOAT32_PARTS = ("time", "pooled", "frame_encoding", "q_norm", "k_norm")  # of the network: what is computed in float32, whatever its dtype
+
+Item = TypeVar("Item")
 
 
 class Window(NamedTuple):
-    """A finished window: what is shown of it, and what the next one needs."""
+    """A finished window: what is shown of it, and what the next one needs. Arrays of the device, which may still be at work on them."""
 
     number: int  # from 0
-    frames: UInt8[np.ndarray, "n H W 3"]  # F of them, but for a last window
-    history: Float32[np.ndarray, "P h w C"]  # its last latents
+    frames: UInt8[Array | np.ndarray, "n H W 3"]  # F of them, but for a last window
+    history: Float32[Array | np.ndarray, "P h w C"]  # its last latents
 
 
 def animate(
@@ -39,29 +49,32 @@ def animate(
     *,
     sample: SampleConfig | None = None,
     after: Window | None = None,
+    layout: Layout | None = None,
     progress: Callable[[int], None] = lambda steps: None,
+    watch: Stopwatch | None = None,
 ) -> Iterator[Window]:
     """Yields one window after the other; together they have exactly as many frames as `driving`.
 
-    `driving` is consumed as it is needed, so its length is no matter of memory. With `after`, the last window of an earlier
-    call, it begins behind that window's frames, and what comes is to the bit what that call would have yielded. `progress` is
-    called with the denoising steps that are done.
+    `driving` is consumed as it is needed, a window ahead, so its length is no matter of memory. With `after`, the last window of an earlier
+    call, it begins behind that window's frames, and what comes is to the bit what that call would have yielded. `layout`: of several
+    devices that share the frames. `progress` is called with the denoising steps that are done; `watch` takes the time of them.
     """
-    encode, decode = make_coders(config, frozen)
+    encode, decode = make_coders(config, frozen, layout)
+    watch = watch or Stopwatch()
     first = after.number + 1 if after else 0
     lengths: list[int] = []  # frames of each window that count
 
     def encoded_windows():
-        for window in full_windows(driving, config.data.frames):
+        for window in ahead(full_windows(driving, config.data.frames)):
             lengths.append(len(window))
             padding = [window[-1]] * (config.data.frames - len(window))
-            yield encode(jnp.asarray(np.stack(window + padding)[None]))
+            yield encode(np.stack(window + padding)[None])
 
     latents = sampler.roll_out(
-        train_state.make_transformer(config),
+        train_state.make_transformer(config, layout=layout),
         params,
         train_state.constants_of(config, frozen),
-        encode(jnp.asarray(source[None])),
+        encode(source[None, None])[:, 0],
         encoded_windows(),
         key,
         sample=sample or config.sample,
@@ -70,17 +83,49 @@ def animate(
         past=jnp.asarray(after.history[None]) if after and config.data.history else None,
         progress=progress,
     )
-    for number, window in enumerate(latents, start=first):
-        history = np.asarray(window[0, len(window[0]) - config.data.history :])
-        yield Window(number, np.asarray(decode(window)[0])[: lengths[-1]], history)
+    number = first
+    while True:
+        with watch("denoise"):
+            window = next(latents, None)
+            if window is None:
+                return
+            frames = decode(window)[0]
+        yield Window(number, frames[: lengths[-1]], window[0, len(window[0]) - config.data.history :])
+        number += 1
 
 
-def make_coders(config: Config, frozen: Frozen) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
-    """Compiled: frames [..., H, W, 3] in bytes -> latents [..., h, w, C], and latents -> frames."""
-    autoencoder, params = make_autoencoder(config.autoencoder), {"params": frozen.autoencoder}
-    encode = jax.jit(lambda frames: autoencoder.apply(params, to_unit(frames), method="encode"))
-    decode = jax.jit(lambda latents: to_bytes(autoencoder.apply(params, latents, method="decode")))
-    return encode, decode
+def make_coders(config: Config, frozen: Frozen, layout: Layout | None = None) -> tuple[Callable[[Any], Array], Callable[[Array], Array]]:
+    """Compiled: frames [B,F,H,W,3] in bytes -> latents [B,F,h,w,C], and latents -> frames."""
+    coder = functools.partial(_coded, make_autoencoder(config.autoencoder), layout)
+    return functools.partial(coder, "encode", frozen.autoencoder), functools.partial(coder, "decode", frozen.autoencoder)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _coded(autoencoder: nn.Module, layout: Layout | None, method: str, params: Any, x: Array) -> Array:
+    """A few frames at a time, and of several devices each its own."""
+
+    def one(x: Array) -> Array:
+        if method == "encode":
+            return autoencoder.apply({"params": params}, to_unit(x), method="encode")
+        return to_bytes(autoencoder.apply({"params": params}, x, method="decode"))
+
+    def some(x: Array) -> Array:
+        flat = jax.lax.map(one, x.reshape(-1, *x.shape[2:]), batch_size=CODED_AT_ONCE)
+        return flat.reshape(*x.shape[:2], *flat.shape[1:])
+
+    return layout.per_frame(some)(x) if layout else some(x)
+
+
+def abstract_weights(config: Config, where: Layout | jax.Device) -> Any:
+    """What a checkpoint's weights are loaded into for sampling: on one device, or whole on each of several; each parameter in the type that the
+    network computes in, so that it takes half of the memory, and the result is the same to the bit."""
+    place = where.whole if isinstance(where, Layout) else jax.sharding.SingleDeviceSharding(where)
+
+    def of(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        wide = {getattr(entry, "key", None) for entry in path} & set(FLOAT32_PARTS)
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if wide else config.model.dtype, sharding=place)
+
+    return jax.tree_util.tree_map_with_path(of, train_state.abstract_params(config))
 
 
 def full_windows(frames: Iterable[UInt8[np.ndarray, "H W 3"]], size: int) -> Iterator[list[UInt8[np.ndarray, "H W 3"]]]:
@@ -93,6 +138,16 @@ def full_windows(frames: Iterable[UInt8[np.ndarray, "H W 3"]], size: int) -> Ite
             window = []
     if window:
         yield window
+
+
+def ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The same, each fetched in another thread while the one before is in use."""
+    end, iterator = object(), iter(items)
+    with concurrent.futures.ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, iterator, end)
+        while (item := coming.result()) is not end:
+            coming = reader.submit(next, iterator, end)
+            yield item
 
 
 def contact_sheet(

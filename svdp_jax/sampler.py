@@ -9,7 +9,7 @@ compiled in; its coefficient otherwise is traced, so that a new guidance weight 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Int, Key
 from svdp_jax import flow
 from svdp_jax.config import ModelConfig, SampleConfig
 from svdp_jax.models import tokens
-from svdp_jax.types import Conditions, Constants
+from svdp_jax.sharding import Layout
+from svdp_jax.types import Conditions, Constants, Memory
 
 
 @runtime_checkable
@@ -27,8 +28,9 @@ class Network(Protocol):
     """What is asked of a network, which must be hashable: `models.transformer.Transformer` is one."""
 
     config: ModelConfig
+    layout: Layout | None
 
-    def apply(self, variables: Any, z: Array, t: Array, conditions: Conditions, constants: Constants) -> Any: ...
+    def apply(self, variables: Any, *inputs: Any, **how: Any) -> Any: ...
 
 
 def guided_passes(guidance: tuple[float, float, float], *, with_history: bool) -> dict[int, float]:
@@ -39,22 +41,35 @@ def guided_passes(guidance: tuple[float, float, float], *, with_history: bool) -
     return {level: coefficient for level, coefficient in coefficients.items() if coefficient != 0.0}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "levels"), donate_argnames=("z",))
+def signals_of(model: Network, params: Any, constants: Constants, conditions: Conditions, levels: Sequence[int]) -> tuple[Conditions, ...]:
+    """What the pass of each level sees. Where the network only attends to history, this is its keys and values: once for all steps."""
+    passes = {level: tokens.at_level(conditions, level, dropped=model.config.dropped) for level in levels}
+    if model.config.history == "cached":
+        given = {level >= tokens.HISTORY: signals.history for level, signals in passes.items() if signals.history is not None}  # it, or zeros
+        memories = {kept: remember(model, params, history, constants) for kept, history in given.items()}
+        passes = {level: signals._replace(history=memories.get(level >= tokens.HISTORY)) for level, signals in passes.items()}
+    return tuple(passes.values())
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def remember(model: Network, params: Any, history: Float[Array, "B P h w C"], constants: Constants) -> Memory:
+    """`Transformer.remember`, compiled."""
+    return model.apply({"params": params}, history, constants, method="remember")
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("z",))
 def denoise(
     model: Network,
     params: Any,
     constants: Constants,
     z: Float[Array, "B F h w C"],
-    conditions: Conditions,
-    noise_levels: Float[Array, "levels"],
+    passes: tuple[Conditions, ...],
     coefficients: Float[Array, "passes"],
+    noise_levels: Float[Array, "levels"],
     first: Int[Array, ""],
     last: Int[Array, ""],
-    *,
-    levels: tuple[int, ...],
 ) -> tuple[Float[Array, "B F h w C"], Int[Array, ""]]:
     """Steps first..last-1 of a window. Returns the latents and `last`, whose arrival tells the host how far it is."""
-    passes = [tokens.at_level(conditions, level, dropped=model.config.dropped) for level in levels]
 
     def step(i, z):
         t = jnp.full((len(z),), noise_levels[i])
@@ -85,13 +100,15 @@ def sample_window(
     passes = guided_passes(sample.guidance, with_history=conditions.history is not None)
     if history and model.config.dropped == "zero" and conditions.history is None:
         conditions = conditions._replace(history=jnp.zeros_like(conditions.driving[:, :history]))
-    levels, coefficients = tuple(passes), jnp.array(list(passes.values()), jnp.float32)
+    signals, coefficients = signals_of(model, params, constants, conditions, tuple(passes)), jnp.array(list(passes.values()), jnp.float32)
     noise_levels = jnp.array(flow.noise_levels(sample.steps, shift=sample.shift))
     z = jax.random.normal(key, conditions.driving.shape, jnp.float32)
+    if model.layout:
+        z = jax.device_put(z, model.layout.sharding("batch", "frames"))
     waiting: list[tuple[int, Array]] = []
     for first in range(0, sample.steps, sample.chunk):
         last = min(first + sample.chunk, sample.steps)
-        z, done = denoise(model, params, constants, z, conditions, noise_levels, coefficients, jnp.int32(first), jnp.int32(last), levels=levels)
+        z, done = denoise(model, params, constants, z, signals, coefficients, noise_levels, jnp.int32(first), jnp.int32(last))
         waiting.append((last - first, done))
         if len(waiting) > 1:
             _wait(waiting.pop(0), progress)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import flax.struct
 from jaxtyping import Array, Float, Int, UInt8
 
 
@@ -20,6 +21,13 @@ class Batch(NamedTuple):
     driving: UInt8[Array, "B F H W 3"]  # the other person in the same motion, black but for eyes, nose and mouth
 
 
+class Memory(flax.struct.PyTreeNode):
+    """What a network with `history="cached"` keeps of the history of a window (`Transformer.remember`)."""
+
+    layers: dict[str, Any]  # kind of layer -> keys and values of the temporal blocks, [layers, B, P, S, N, H]; those of the last, [B, P, S, N, H]
+    frames: int = flax.struct.field(pytree_node=False)  # P, without padding
+
+
 class Conditions(NamedTuple):
     """What the model sees beside the noise, as latents. A signal that is None is dropped and costs nothing.
 
@@ -29,7 +37,7 @@ class Conditions(NamedTuple):
 
     source: Float[Array, "B h w C"] | None = None
     driving: Float[Array, "B F h w C"] | None = None
-    history: Float[Array, "B P h w C"] | None = None
+    history: Float[Array, "B P h w C"] | Memory | None = None
     level: Int[Array, "B"] | None = None
 
 

@@ -100,7 +100,7 @@ def test_eight_euler_steps_end_where_diffusers_do(model, reference):
     steps = jnp.int32(0), jnp.int32(sd35.EULER_STEPS)
     with jax.default_matmul_precision("highest"):
         noise = jnp.asarray(values["noise"])[:, None]
-        z, _ = sampler.denoise(float32_model(), params, constants, noise, Conditions(), jnp.asarray(levels), jnp.ones(1), *steps, levels=(0,))
+        z, _ = sampler.denoise(float32_model(), params, constants, noise, (Conditions(),), jnp.ones(1), jnp.asarray(levels), *steps)
         decode = jax.jit(functools.partial(make_autoencoder(CONFIG.autoencoder).apply, method="decode"))
         frames = decode({"params": frozen.autoencoder}, z[:, 0])
     np.testing.assert_allclose(sd35.thin(z), reference["sampled latents"], rtol=0, atol=EULER)

@@ -269,3 +269,79 @@ def test_a_converted_model_trains_and_samples(script, media, dataset, sd35_file,
         status, _, err = script("sample.py", *given, "--output", tmp_path / f"out_{directory}", "--steps", 1, "--guidance", 1, 1, 1, "--no-concat")
         assert status == 0, err
         assert iio.imread(tmp_path / f"out_{directory}" / "portrait--motion.mp4").shape[0] == 2
+
+
+# ------------------------------------------------------------------------------------------------------------------- jobs
+
+
+def write_jobs(path, *rows):
+    path.write_text("".join(",".join(map(str, row)) + "\n" for row in [("source", "driving", "output"), *rows]))
+    return path
+
+
+def test_jobs_are_done_one_after_the_other_and_a_failed_one_stops_none(sample, script, media, workdir, tmp_path):
+    sample(tmp_path / "alone")
+    good, bad = (media / "portrait.png", media / "motion.mp4"), (tmp_path / "gone.png", media / "motion.mp4")
+    jobs = write_jobs(tmp_path / "jobs.csv", (*good, ""), (*bad, ""), (*good, tmp_path / "other"))
+    status, out, err = script("sample.py", "--jobs", jobs, "--checkpoint", workdir, "-o", tmp_path / "out")
+    assert status == 1
+    failed = [line for line in err.splitlines() if line.startswith(("failed", "error"))]
+    assert len(failed) == 2 and str(tmp_path / "gone.png") in failed[0] and failed[1] == "error: 1 of 3 jobs failed"
+    alone = frames_of(tmp_path / "alone" / "portrait--motion.mp4")
+    for folder in "out", "other":
+        np.testing.assert_array_equal(frames_of(tmp_path / folder / "portrait--motion.mp4"), alone)
+        assert f"wrote {tmp_path / folder / 'portrait--motion.mp4'}" in out
+
+
+def test_devices_take_jobs_of_their_own_or_share_one(python, media, workdir, tmp_path):
+    rows = [(media / "portrait.png", media / "motion.mp4", tmp_path / name) for name in ("one", "two", "three")]
+    jobs = write_jobs(tmp_path / "jobs.csv", *rows)
+    two = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    done = python("sample.py", "--jobs", jobs, "--checkpoint", workdir, "-o", tmp_path, **two)
+    assert done.returncode == 0, done.stderr
+    done = python("sample.py", *("-s", rows[0][0]), *("-d", rows[0][1]), "--checkpoint", workdir, "-o", tmp_path / "shared", "--mesh.strategy", "context", **two)
+    assert done.returncode == 0, done.stderr
+    first, *others = (frames_of(tmp_path / name / "portrait--motion.mp4").astype(int) for name in ("one", "two", "three", "shared"))
+    for frames in others:
+        assert np.abs(frames - first).mean() < 0.5, "but for rounding"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "needs a first line with the columns source,driving"),
+        ("a,b\n1,2\n", "needs a first line with the columns source,driving"),
+        ("source,driving\nface.png,\n", "line 2: source and driving must both be there"),
+        ("source,driving\na/x.png,v.mp4\nb/x.png,w/v.mp4\n", "line 3: out/x--v.mp4 would be written by two jobs"),
+    ],
+)
+def test_a_file_of_jobs_that_is_none_is_one_line(script, tmp_path, text, said):
+    (tmp_path / "jobs.csv").write_text(text)
+    status, _, err = script("sample.py", "--jobs", tmp_path / "jobs.csv")
+    assert status == 2 and len(err.splitlines()) == 1 and said in err
+
+
+def test_programs_are_kept_for_the_next_start(python, media, workdir, tmp_path):
+    def start(name):
+        given = ["-s", media / "portrait.png", "-d", media / "motion.mp4", "--checkpoint", workdir, "-o", tmp_path / name, "--max-frames", 4]
+        done = python("-c", HITS, *given, XDG_CACHE_HOME=str(tmp_path / "cache"), JAX_COMPILATION_CACHE_DIR="")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    first, second = start("first"), start("second")
+    assert first["misses"] and not first["hits"]
+    assert second["hits"] == first["misses"] and not second["misses"]
+    assert list((tmp_path / "cache" / "svdp_jax").iterdir())
+
+
+HITS = """
+import json, runpy, sys
+import jax
+counts = {"hits": 0, "misses": 0}
+def note(event, **_):
+    for name in counts:
+        counts[name] += event == f"/jax/compilation_cache/cache_{name}"
+jax.monitoring.register_event_listener(note)
+runpy.run_path("sample.py", run_name="__main__")
+print(json.dumps(counts))
+"""

@@ -5,11 +5,14 @@ Where the network itself does not matter, a formula stands in for it: quick to c
 
 import dataclasses
 import itertools
+import json
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from tiny_network import TINY, draw_inputs, fresh_params, redrawn
 
 from svdp_jax import flow, pipeline, sampler
@@ -27,6 +30,7 @@ class Formula:
     """Stands in for the network: predicts a velocity that depends on z, t, and every signal that is there."""
 
     config: ModelConfig = ModelConfig(prediction="velocity")
+    layout: None = None
 
     def apply(self, variables, z, t, conditions, constants):
         out = jnp.sin(3 * z) * t.reshape(-1, 1, 1, 1, 1) + variables["params"]
@@ -79,13 +83,14 @@ def test_one_step_is_four_passes_combined(prediction):
     t, t_next, (ls, ld, lp) = 0.75, 0.5, (2.0, 2.5, 1.0)
     passes = sampler.guided_passes((ls, ld, lp), with_history=True)
     levels, coefficients = jnp.array([1.0, t, t_next, 0.0]), jnp.array(list(passes.values()))
+    signals = sampler.signals_of(model, params, constants, conditions, tuple(passes))
     apply = jax.jit(lambda signals: model.apply({"params": params}, z, jnp.array([t]), signals, constants))
     u, s, d, p = (apply(tokens.at_level(conditions, level, dropped="omit")) for level in range(4))
     v = u + ls * (s - u) + ld * (d - s) + lp * (p - d)
     v = (z - v) / t if prediction == "x0" else v
     expected = z + (t_next - t) * v
     assert min(np.abs(np.asarray(one - other)).max() for one, other in itertools.pairwise((u, s, d, p))) > 1e-2
-    out, done = sampler.denoise(model, params, constants, z + 0, conditions, levels, coefficients, jnp.int32(1), jnp.int32(2), levels=tuple(passes))
+    out, done = sampler.denoise(model, params, constants, z + 0, signals, coefficients, levels, jnp.int32(1), jnp.int32(2))
     assert done == 2
     np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
@@ -125,9 +130,8 @@ def test_a_new_weight_compiles_nothing():
 def test_the_program_never_calls_the_host():
     model, params = Transformer(TINY.model), fresh_params()
     z, _, conditions, constants = draw_inputs(TINY.model, batch=1)
-    text = sampler.denoise.lower(
-        model, params, constants, z, conditions, jnp.ones(5), jnp.ones(4), jnp.int32(0), jnp.int32(2), levels=(0, 1, 2, 3)
-    ).as_text()  # fmt: skip
+    signals = sampler.signals_of(model, params, constants, conditions, range(4))
+    text = sampler.denoise.lower(model, params, constants, z, signals, jnp.ones(4), jnp.ones(5), jnp.int32(0), jnp.int32(2)).as_text()
     assert "stablehlo.while" in text, "this is the loop over steps"
     for word in ("callback", "infeed", "outfeed", "stablehlo.send", "stablehlo.recv"):
         assert word not in text
@@ -140,7 +144,8 @@ def test_zero_mode_gives_a_first_window_zeros_for_history():
     passes = sampler.guided_passes(SAMPLE.guidance, with_history=False)
     z = jax.random.normal(jax.random.key(3), (1, 4, 2, 2, 3))
     levels, weights = jnp.array(flow.noise_levels(5, shift=3.0)), jnp.array(list(passes.values()), jnp.float32)
-    expected, _ = sampler.denoise(model, 0.5, CONSTANTS, z, zeros, levels, weights, jnp.int32(0), jnp.int32(5), levels=tuple(passes))
+    seen = sampler.signals_of(model, 0.5, CONSTANTS, zeros, tuple(passes))
+    expected, _ = sampler.denoise(model, 0.5, CONSTANTS, z, seen, weights, levels, jnp.int32(0), jnp.int32(5))
     np.testing.assert_array_equal(window(first, model=model), expected)
     assert np.abs(window(first) - expected).max() > 0.1, "zeros of history are seen, and not left out"
 
@@ -150,6 +155,90 @@ def test_a_model_without_history_is_given_none_in_zero_mode_either():
     one_pass = dataclasses.replace(SAMPLE, guidance=(1.0, 1.0, 1.0))  # in which nothing is dropped
     zero, omit = (window(signals(history=False), model=model, sample=one_pass, history=0) for model in models)
     np.testing.assert_array_equal(zero, omit)
+
+
+@pytest.mark.parametrize("dropped", ["omit", "zero"])
+def test_history_that_is_cached_is_history_that_is_seen_at_every_step(dropped):
+    """Keys and values once per window, against the network on the latents of history at each step."""
+    model = Transformer(dataclasses.replace(TINY.model, history="cached", dropped=dropped))
+    params = redrawn(fresh_params())
+    _, _, conditions, constants = draw_inputs(TINY.model, batch=1, frames=3, history=2)
+    ours = window(conditions, model=model, params=params, constants=constants)
+
+    class Recomputed(Formula):
+        def apply(self, variables, *inputs):
+            return model.apply(variables, *inputs)
+
+    joint_config = dataclasses.replace(TINY.model, dropped=dropped)  # by which it is given latents
+    theirs = window(conditions, model=Recomputed(joint_config), params=params, constants=constants)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
+    joint = window(conditions, model=Transformer(joint_config), params=params, constants=constants)
+    assert np.abs(ours - joint).max() > 1e-2, "it is another network"
+
+
+def test_guidance_of_one_is_pass_p_alone():
+    alone = sampler.signals_of(Formula(), 0.5, CONSTANTS, signals(), (tokens.HISTORY,))
+    z, levels = jax.random.normal(jax.random.key(3), (1, 4, 2, 2, 3)), jnp.array(flow.noise_levels(5, shift=3.0))
+    expected, _ = sampler.denoise(Formula(), 0.5, CONSTANTS, z, alone, jnp.ones(1), levels, jnp.int32(0), jnp.int32(5))
+    np.testing.assert_array_equal(window(signals(), sample=dataclasses.replace(SAMPLE, guidance=(1.0, 1.0, 1.0))), expected)
+
+
+def test_a_batch_is_its_samples_one_after_the_other():
+    model, params = Transformer(TINY.model), redrawn(fresh_params())
+    z, _, conditions, constants = draw_inputs(TINY.model, batch=2, frames=3, history=2)
+    levels, weights = jnp.array(flow.noise_levels(3, shift=3.0)), jnp.array([-1.0, -0.5, 1.5, 1.0])
+
+    def denoised(*samples):
+        some = jax.tree.map(lambda x: x[jnp.array(samples)], (z, conditions))
+        seen = sampler.signals_of(model, params, constants, some[1], range(4))
+        return sampler.denoise(model, params, constants, some[0] + 0, seen, weights, levels, jnp.int32(0), jnp.int32(3))[0]
+
+    together, apart = denoised(0, 1), jnp.concatenate([denoised(0), denoised(1)])
+    np.testing.assert_allclose(together, apart, rtol=0, atol=2e-5 * np.abs(apart).max())
+
+
+SPREAD = """
+import dataclasses, json
+import jax, numpy as np
+from tiny_network import TINY, draw_inputs, fresh_params, redrawn
+from svdp_jax import sampler, sharding
+from svdp_jax.config import MeshConfig, SampleConfig
+from svdp_jax.models.transformer import Transformer
+
+def window(history, layout):
+    params = redrawn(fresh_params())
+    _, _, conditions, constants = draw_inputs(TINY.model, batch=1, frames=4, history=3)
+    model = Transformer(dataclasses.replace(TINY.model, history=history), layout=layout)
+    if layout:
+        params = jax.device_put(params, layout.whole)
+    key, sample = jax.random.key(0), SampleConfig(steps=3, chunk=2)
+    z = sampler.sample_window(model, params, constants, conditions, key, sample=sample, history=3)
+    return np.asarray(z), z.sharding.num_devices
+
+layout = sharding.make_layout(MeshConfig(data=1, context=4, strategy="fsdp_context"))
+for history in "joint", "cached":
+    (one, _), (several, devices) = window(history, None), window(history, layout)
+    print(json.dumps([devices, float(np.abs(one - several).max() / np.abs(one).max())]))
+"""
+
+
+def test_a_window_over_several_devices_is_that_of_one(python):
+    done = python("-c", SPREAD, XLA_FLAGS="--xla_force_host_platform_device_count=4", PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        devices, apart = json.loads(line)
+        assert devices == 4 and apart < 2e-5
+
+
+def test_parameters_in_the_types_they_are_used_in_change_nothing():
+    config = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, dtype="bfloat16"))
+    params = redrawn(fresh_params())
+    like = pipeline.abstract_weights(config, jax.devices()[0])
+    kept = jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), params, like)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(kept)} == {"bfloat16", "float32"}
+    z, t, conditions, constants = draw_inputs(config.model, batch=1)
+    apply = jax.jit(Transformer(config.model).apply)
+    np.testing.assert_array_equal(*(apply({"params": tree}, z, t, conditions, constants) for tree in (params, kept)))
 
 
 # ------------------------------------------------------------------------------------------------------------ the roll-out

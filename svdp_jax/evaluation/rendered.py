@@ -108,7 +108,7 @@ def make_models(config: Config, params: Any, frozen: Frozen, *, progress: Callab
 
     def animate(source, driving, key):
         latents = sampler.roll_out(
-            model, params, constants, encode(jnp.asarray(source)), map(encode, windows(driving)), key,
+            model, params, constants, encode(source[:, None])[:, 0], map(encode, windows(driving)), key,
             sample=config.sample, history=config.data.history, progress=progress,
         )  # fmt: skip
         return joined(latents, driving.shape[1])

@@ -28,10 +28,10 @@ LAYER_INPUT = "layer_input"  # the name of a layer's input, for rematerialisatio
 
 
 class Streams(NamedTuple):
-    """What a layer updates. History is None where a pass has none."""
+    """What a layer updates. History is None where a pass has none, text and image where only history is to be remembered."""
 
-    text: Float[Array, "B F T D"]
-    image: Float[Array, "B F _ D"]
+    text: Float[Array, "B F T D"] | None
+    image: Float[Array, "B F _ D"] | None
     history_text: Float[Array, "B P T D"] | None
     history: Float[Array, "B P S D"] | None
 
@@ -39,9 +39,9 @@ class Streams(NamedTuple):
 class Shared(NamedTuple):
     """What all layers see alike."""
 
-    c: Float[Array, "B D"]  # time and text, of the noisy frames
+    c: Float[Array, "B D"] | None  # time and text, of the noisy frames
     c_history: Float[Array, "B D"] | None  # the same at t = 0
-    frame_code: Float[Array, "F D"]
+    frame_code: Float[Array, "F D"] | None
     history_code: Float[Array, "P D"] | None
     kept_tokens: Int[Array, "B"] | None  # image tokens of a frame that count; None: all
     kept_in_time: Int[Array, "B"] | None  # keys of [z, history] that count; None: all
@@ -60,7 +60,8 @@ class TemporalBlock(nn.Module):
     layout: Layout | None = None
 
     @nn.compact
-    def __call__(self, z: Float[Array, "B F S D"], history: Float[Array, "B P S D"] | None, shared: Shared):
+    def __call__(self, z: Float[Array, "B F S D"] | None, history: Float[Array, "B P S D"] | Heads | None, shared: Shared):
+        """(z, history). Where history is its keys and values, it stays; without z, they are what comes in its place."""
         config = self.config
         modulation = Modulation(config, chunks=3, gate=(2, config.temporal_gate), layout=self.layout, name="modulation")
         qkv, output = QKV(config, name="qkv"), Output(config, name="out")
@@ -70,10 +71,12 @@ class TemporalBlock(nn.Module):
             seen = modulate(layer_norm(x), shift, scale) + code[:, None]
             return Heads(*qkv(seen.astype(config.dtype))), gate
 
-        asked, gate = heads(z, shared.c, shared.frame_code)
-        past, past_gate = heads(history, shared.c_history, shared.history_code) if history is not None else (None, None)
+        past, past_gate = (history, None) if history is None or isinstance(history, Heads) else heads(history, shared.c_history, shared.history_code)
         if past and not self.update_history:
             past = past._replace(q=None)
+        if z is None:
+            return None, past
+        asked, gate = heads(z, shared.c, shared.frame_code)
         factorized = config.temporal == "factorized"
         out, past_out = across_frames(self.layout, asked, past, shared.kept_in_time, factorized=factorized, backend=self.backend)
 
@@ -125,7 +128,10 @@ def _feed_forward(config: ModelConfig, x: Float[Array, "B F S D"], shift, scale,
 
 
 class Layer(nn.Module):
-    """A temporal block and the joint block behind it. Returns (streams, None), as `nn.scan` wants it."""
+    """A temporal block and the joint block behind it.
+
+    Returns (streams, memory). `memory`, given, is keys and values of history, which is then not among the streams; it is returned where
+    history alone is: without z, to be given later."""
 
     config: ModelConfig
     kind: Kind
@@ -134,18 +140,24 @@ class Layer(nn.Module):
     layout: Layout | None = None
 
     @nn.compact
-    def __call__(self, streams: Streams, shared: Shared) -> tuple[Streams, None]:
+    def __call__(self, streams: Streams, shared: Shared, memory: Heads | None = None) -> tuple[Streams, Heads | None]:
         text, image, history_text, history = jax.tree.map(lambda x: checkpoint_name(x, LAYER_INPUT), streams)
-        tokens = self.tokens
-        temporal = TemporalBlock(self.config, self.backend, self.kind != "last", self.layout, name="temporal")
-        z, history = temporal(image[:, :, :tokens], history, shared)
-        image = jnp.concatenate([z, image[:, :, tokens:]], axis=2)
-
+        tokens, last = self.tokens, self.kind == "last"
+        temporal = TemporalBlock(self.config, self.backend, self.config.history == "joint" and not last, self.layout, name="temporal")
         joint = JointBlock(self.config, self.kind, self.backend, self.layout, name="joint")
-        text, image = joint(text, image, shared.c, shared.kept_tokens)
-        if history is not None and self.kind != "last":
+        if image is None:
+            _, memory = temporal(None, history, shared)
+        elif memory:
+            z, _ = temporal(image[:, :, :tokens], memory, shared)
+        else:
+            z, history = temporal(image[:, :, :tokens], history, shared)
+        if image is not None:
+            image = jnp.concatenate([z, image[:, :, tokens:]], axis=2)
+            text, image = joint(text, image, shared.c, shared.kept_tokens)
+            memory = None
+        if history is not None and not last:
             history_text, history = joint(history_text, history, shared.c_history, None)
-        return place(self.layout, Streams(text, image, history_text, history)), None
+        return place(self.layout, Streams(text, image, history_text, history)), memory
 
 
 def place(layout: Layout | None, streams: Streams) -> Streams:

@@ -45,7 +45,7 @@ def forward(model: ModelConfig, *, frames: int, history: int, tokens: int, level
     image = tokens * {NOTHING: 1, SOURCE: 2}.get(level, 3)
     total = _ends(model, frames=frames, past=past, tokens=tokens, level=level)
     for kind, layers in layer_groups(model):
-        layer = _temporal(model, frames=frames, past=past, tokens=tokens, asked_by_history=kind != "last")
+        layer = _temporal(model, frames=frames, past=past, tokens=tokens, asked_by_history=kind != "last" and model.history == "joint")
         layer += _joint(model, kind, image) * frames
         if kind != "last":
             layer += _joint(model, kind, tokens) * past

@@ -115,6 +115,7 @@ class Modulation(nn.Module):
         names = ("embed", "chunks", "modulation")
         layer = dense((self.chunks, self.config.width), names, dtype=self.config.dtype, zero=True, bias=bias, name="linear")
         chunks = layer(nn.silu(c))  # [B, chunks, D]
-        if self.layout:  # whole, where devices have columns of the matrix: it meets tokens of the whole width
+        if self.layout:  # where devices have columns of the matrix, they have these here, and the whole from here on: it meets tokens of the whole width
+            chunks = self.layout.constrain(chunks, "batch", "chunks", "modulation")
             chunks = self.layout.constrain(chunks, "batch", "chunks", "width")
         return tuple(chunks[:, i, None, None] for i in range(self.chunks))

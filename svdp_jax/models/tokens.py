@@ -65,10 +65,11 @@ def kept_in_time(level: Int[Array, "B"], frames: int, history: int, tokens: int)
 
 def at_level(conditions: Conditions, level: int, *, dropped: str) -> Conditions:
     """The conditions of one pass: signals above `level` are left out (`omit`) or replaced by zeros (`zero`)."""
-    drop = jnp.zeros_like if dropped == "zero" else lambda signal: None
 
     def keep(signal, first: int):
-        return signal if signal is None or first <= level else drop(signal)
+        if signal is None or first <= level:
+            return signal
+        return jnp.zeros_like(signal) if dropped == "zero" else None
 
     return Conditions(keep(conditions.source, SOURCE), keep(conditions.driving, DRIVING), keep(conditions.history, HISTORY))
 

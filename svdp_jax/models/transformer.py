@@ -1,6 +1,7 @@
 """The network: noisy latents, conditions and noise level to the network's output (velocity or x0), and nothing else.
 
     z [B, F, h, w, C], t [B], Conditions, Constants  ->  [B, F, h, w, C]
+    history [B, P, h, w, C], Constants               ->  Memory, in place of history, where `ModelConfig.history` is "cached"
 
 Trunk: Stable Diffusion 3.5 Medium's MMDiT-X. New: a temporal block before each joint block and the frame encoding
 (SVDP, "Method"). Layers of one kind are scanned; the only call outside a scan is the last one.
@@ -22,7 +23,7 @@ from svdp_jax.models.blocks import LAYER_INPUT, Kind, Layer, Shared, Streams, pl
 from svdp_jax.models.layers import Modulation, dense, layer_norm, modulate, sinusoid
 from svdp_jax.models.parallel import padded
 from svdp_jax.sharding import Layout
-from svdp_jax.types import Conditions, Constants
+from svdp_jax.types import Conditions, Constants, Memory
 
 Remat = Literal["none", "full", "attention", "offload"]
 
@@ -73,66 +74,68 @@ class Transformer(nn.Module):
     layout: Layout | None = None  # of a mesh; None: one device
     unroll: bool = False  # layers one after the other instead of scanned: slow to compile, but XLA's cost analysis sees them all
 
+    def remember(self, history: Float[Array, "B P h w C"], constants: Constants) -> Memory:
+        """What `history="cached"` needs of a window's history, once for all of its steps: it takes its place in `Conditions`."""
+        if self.config.history != "cached":
+            raise ValueError('a network with history="joint" updates history together with z: nothing of it can be kept')
+        return self(None, None, Conditions(history=history), constants)
+
     @nn.compact
     def __call__(
         self,
-        z: Float[Array, "B F h w C"],
-        t: Float[Array, "B"],
+        z: Float[Array, "B F h w C"] | None,
+        t: Float[Array, "B"] | None,
         conditions: Conditions,
         constants: Constants,
         *,
         frame_numbers: Float[Array, "F"] | None = None,
-    ) -> Float[Array, "B F h w C"]:
+    ) -> Float[Array, "B F h w C"] | Memory:
         """`t` in [0, 1], 1 is noise. Frames are numbered 0..F-1 unless told otherwise; history is -P..-1."""
         config = self.config
-        batch, frames, height, width, _ = z.shape
         if config.dropped == "zero":
             conditions = tokens.zero_dropped(conditions)
         source, driving, history, level = conditions
         if driving is not None and source is None:
             raise ValueError("driving frames without a source: the levels of conditioning are nested (nothing, source, driving, history)")
+        memory, history = (history, None) if isinstance(history, Memory) else (None, history)
+        past = memory.frames if memory else 0 if history is None else history.shape[1]
         positions = constants.positions.astype(config.dtype)
         count = positions.shape[1]  # S
 
         # Latents to tokens, told apart by their positions alone.
         patches = dense(config.width, ("patch", "embed"), dtype=config.dtype, name="patches")
         embed = lambda latents: patches(tokens.patchify(latents, config.patch))
-        image = [embed(z) + positions[0]]
-        if source is not None:
-            image.append(jnp.broadcast_to((embed(source) + positions[1])[:, None], image[0].shape))
-        if driving is not None:
-            image.append(embed(driving) + positions[2])
-        image = jnp.concatenate(image, axis=2)  # [B, F, S | 2S | 3S, D]
         words = dense(config.width, ("text", "embed"), dtype=config.dtype, name="text")(constants.text)
-        text = jnp.broadcast_to(words, (batch, frames, *words.shape))
-
+        spread = lambda batch, frames: jnp.broadcast_to(words, (batch, frames, *words.shape))
         # Time, pooled text and frame numbers, in float32.
         embed_time = Embedding(config, "time", "float32", name="time")
         pooled = Embedding(config, "pooled", "float32", name="pooled")(constants.pooled)
         clock = lambda t: embed_time(sinusoid(TIME_SCALE * t, TIME_FREQUENCIES)) + pooled
         embed_frame = Embedding(config, "time", "float32", name="frame_encoding")
         number = lambda numbers: embed_frame(sinusoid(numbers, config.frame_frequencies))
-        shared = Shared(
-            c=clock(t),
-            c_history=None,
-            frame_code=number(jnp.arange(frames) if frame_numbers is None else frame_numbers),
-            history_code=None,
-            kept_tokens=None if level is None else tokens.kept_tokens(level, count),
-            kept_in_time=None if level is None else tokens.kept_in_time(level, frames, 0 if history is None else history.shape[1], count),
-        )
-        streams = Streams(text, image, None, None)
+
+        streams, shared = Streams(None, None, None, None), Shared(None, None, None, None, None, None)
+        if z is not None:
+            batch, frames, height, width, _ = z.shape
+            image = [embed(z) + positions[0]]
+            if source is not None:
+                image.append(jnp.broadcast_to((embed(source) + positions[1])[:, None], image[0].shape))
+            if driving is not None:
+                image.append(embed(driving) + positions[2])
+            streams = streams._replace(text=spread(batch, frames), image=jnp.concatenate(image, axis=2))  # [B, F, S | 2S | 3S, D]
+            shared = shared._replace(c=clock(t), frame_code=number(jnp.arange(frames) if frame_numbers is None else frame_numbers))
+            if level is not None:
+                shared = shared._replace(kept_tokens=tokens.kept_tokens(level, count), kept_in_time=tokens.kept_in_time(level, frames, past, count))
+            elif padded(self.layout, past) > past:  # by frames that nobody sees, behind [z, history]
+                shared = shared._replace(kept_in_time=jnp.full((batch,), (frames + past) * count))
         if history is not None:
-            past = history.shape[1]
-            frames_of_it = padded(self.layout, past)
-            if frames_of_it > past:  # frames that nobody sees, behind [z, history]
-                history = jnp.pad(history, ((0, 0), (0, frames_of_it - past), (0, 0), (0, 0), (0, 0)))
-                if level is None:
-                    shared = shared._replace(kept_in_time=jnp.full((batch,), (frames + past) * count))
-            shared = shared._replace(c_history=clock(jnp.zeros_like(t)), history_code=number(jnp.arange(-past, frames_of_it - past)))
-            words_of_it = jnp.broadcast_to(words, (batch, frames_of_it, *words.shape))
-            streams = streams._replace(history_text=words_of_it, history=embed(history) + positions[0])
+            batch, frames_of_it = len(history), padded(self.layout, past)
+            history = jnp.pad(history, ((0, 0), (0, frames_of_it - past), (0, 0), (0, 0), (0, 0)))
+            shared = shared._replace(c_history=clock(jnp.zeros(batch)), history_code=number(jnp.arange(-past, frames_of_it - past)))
+            streams = streams._replace(history_text=spread(batch, frames_of_it), history=embed(history) + positions[0])
         streams = place(self.layout, streams)
 
+        remembered = {}
         for kind, layers in layer_groups(config):
             layer = Layer if self.remat == "none" else nn.remat(Layer, prevent_cse=False, policy=REMAT[self.remat])
             if kind != "last":
@@ -140,12 +143,14 @@ class Transformer(nn.Module):
                     layer,
                     variable_axes={"params": 0, "intermediates": 0},  # the latter for whoever captures what layers put out
                     split_rngs={"params": True},
-                    in_axes=nn.broadcast,
+                    in_axes=(nn.broadcast, 0),
                     length=layers,
                     unroll=layers if self.unroll else 1,
                     metadata_params={nn.PARTITION_NAME: "layers"},
                 )
-            streams, _ = layer(config, kind, count, self.backend, self.layout, name=kind)(streams, shared)
+            streams, remembered[kind] = layer(config, kind, count, self.backend, self.layout, name=kind)(streams, shared, memory and memory.layers[kind])
+        if z is None:
+            return Memory(remembered, past)
 
         out = layer_norm(streams.image[:, :, :count])
         shift, scale = Modulation(config, chunks=2, layout=self.layout, name="final_modulation")(shared.c)
