@@ -123,7 +123,7 @@ def test_a_video_that_could_not_be_written_costs_no_window(sample, script, media
         patch.setattr(video, "write_video", full)
         status, _, err = script("sample.py", *given)
         assert status == 2 and "is the disk full?" in err
-    monkeypatch.setattr(checkpoint, "load_weights", lambda directory: pytest.fail("there is nothing left to render"))
+    monkeypatch.setattr(checkpoint, "load_weights", lambda *_: pytest.fail("there is nothing left to render"))
     sample(tmp_path / "out", "--resume")
 
 
@@ -143,7 +143,7 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(script, media, workdir, monke
 
 @pytest.fixture
 def never_loaded(monkeypatch):
-    def fail(directory):
+    def fail(*_):
         raise AssertionError("weights are loaded before the inputs are checked")
 
     monkeypatch.setattr(checkpoint, "load_weights", fail)

@@ -1,0 +1,247 @@
+"""How fast a denoising step is: seconds in all, by pass and by component, share of the measured matrix peak, memory. Random weights.
+
+    python benchmarks/sampler.py --size full [--against-pytorch]        an accelerator: 576 x 576, 16 + 3 frames, Stable Diffusion 3.5 Medium
+    python benchmarks/sampler.py --size small [--against-pytorch]       a CPU can do this one
+
+Needs jax, flax, optax and einops (and torch, for --against-pytorch). TFLOP are of the model (`models/flops.py`). Components are timed by themselves, on the
+shapes that pass p gives them; "rest" is what the pass takes beyond their sum: norms, modulation, and what XLA does between. Prints
+tables and, last, one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import json
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from svdp_jax import flow, sampler, train_state  # noqa: E402
+from svdp_jax.config import Config, load_config  # noqa: E402
+from svdp_jax.models import flops, tokens  # noqa: E402
+from svdp_jax.models.attention import attention  # noqa: E402
+from svdp_jax.models.tokens import position_table  # noqa: E402
+from svdp_jax.models.transformer import Transformer, abstract_inputs, layer_groups  # noqa: E402
+from svdp_jax.peaks import peak_memory  # noqa: E402
+from svdp_jax.types import Conditions, Constants  # noqa: E402
+
+PASSES = "usdp"
+GUIDANCE = (2.0, 2.5, 1.0)
+
+
+class Window(NamedTuple):
+    """What a step works on."""
+
+    model: Transformer
+    params: Any
+    constants: Constants
+    conditions: Conditions
+    z: jax.Array
+
+
+def make_config(flags: argparse.Namespace) -> Config:
+    config = Config() if flags.size == "full" else load_config(pathlib.Path(__file__).parents[1] / "configs" / "demo.py")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=flags.dtype, history=flags.history, prediction="velocity"))
+
+
+def make_window(config: Config) -> Window:
+    """Random weights, of which none is zero, and random latents."""
+    model, data = config.model, config.data
+    height, width, _ = config.latent_shape
+    like = jax.eval_shape(lambda: nn.meta.unbox(train_state.init_params(config, jax.random.key(0))))
+    leaves, structure = jax.tree.flatten_with_path(like)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def drawn(number: int) -> jax.Array:
+        path, leaf = leaves[number]
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(1), number), leaf.shape) * 0.02
+        wide = {entry.key for entry in path} & {"time", "pooled", "frame_encoding", "q_norm", "k_norm"}
+        return (noise + 1 if path[-1].key.endswith("norm") else noise).astype(jnp.float32 if wide else model.dtype)
+
+    params = structure.unflatten([drawn(number) for number in range(len(leaves))])
+    shapes = abstract_inputs(model, batch=1, frames=data.frames, history=data.history, height=height, width=width)
+    keys = iter(jax.random.split(jax.random.key(2), 99))
+    z, _, conditions, constants = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape, leaf.dtype), shapes)
+    constants = constants._replace(positions=tokens.shifted_crops(position_table(model), config.grid, config.grid))
+    return Window(Transformer(model), params, constants, conditions, z)
+
+
+def seconds_of(function: Callable[[], Any], repeats: int) -> float:
+    """Median of `repeats` calls, after one."""
+    jax.block_until_ready(function())
+    taken = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        jax.block_until_ready(function())
+        taken.append(time.perf_counter() - begun)
+    return statistics.median(taken)
+
+
+def step_of(window: Window, levels: tuple[int, ...], coefficients: list[float], *, steps: int) -> Callable[[], jax.Array]:
+    """`steps` denoising steps with these passes, as `sampler.sample_window` does them."""
+    signals = sampler.signals_of(window.model, window.params, window.constants, window.conditions, levels)
+    noise_levels, weights = jnp.array(flow.noise_levels(steps, shift=3.0)), jnp.array(coefficients, jnp.float32)
+    inputs = window.params, window.constants
+    return lambda: sampler.denoise(window.model, *inputs, window.z + 0, signals, weights, noise_levels, jnp.int32(0), jnp.int32(steps))[0]
+
+
+def components(config: Config) -> dict[str, tuple[Callable, list[tuple[tuple[int, ...], ...]], int]]:
+    """Of pass p: name -> (function, shapes of its arguments, how often), one entry for each shape of the image streams and of history."""
+    model, frames, past, count = config.model, config.data.frames, config.data.history, config.grid**2
+    words, width, hidden = model.text_tokens, model.width, model.mlp_ratio * model.width
+    kinds = dict(layer_groups(model))
+    updated = model.depth - 1 if model.history == "joint" else 0
+    heads = lambda groups, length: (1, groups, length, model.heads, model.head_size)
+    attend = lambda q, k, v: attention(q, k, v)
+    found = {}
+
+    def add(name, function, shapes, times):
+        if times:
+            found.setdefault(name, []).append((function, shapes, times))
+
+    asking = (frames + (past if updated else 0)) * count
+    seen = heads(1, (frames + past) * count)
+    add("temporal attention", attend, (heads(1, asking), seen, seen), model.depth)
+    streams = [(frames, 3 * count, model.depth), (past, count, updated)]
+    for groups, image, layers in streams:
+        add("joint attention", attend, (heads(groups, words + image),) * 3, layers)
+        add("dual attention", attend, (heads(groups, image),) * 3, kinds.get("dual", 0) * bool(layers))
+        mlp = lambda x, wide, narrow: jax.nn.gelu(x @ wide) @ narrow
+        add("MLP", mlp, ((groups * (words + image), width), (width, hidden), (hidden, width)), layers)
+        project = lambda x, into, out: (x @ into)[:, :width] @ out
+        square = ((width, 3 * width), (width, width))
+        add("projections", project, ((groups * (words + image), width), *square), layers)
+        add("projections", project, ((groups * image, width), *square), kinds.get("dual", 0) * bool(layers))
+    add("projections", lambda x, into, out: (x @ into)[:, :width] @ out, (((frames + past) * count, width), (width, 3 * width), (width, width)), model.depth)
+    return found
+
+
+def time_components(config: Config, repeats: int) -> dict[str, float]:
+    """Seconds of each in pass p."""
+    drawn = lambda shape: jax.random.normal(jax.random.key(0), shape, jnp.dtype(config.model.dtype))
+    seconds = {}
+    for name, parts in components(config).items():
+        for function, shapes, times in parts:
+            compiled, arguments = jax.jit(function), [drawn(shape) for shape in shapes]
+            seconds[name] = seconds.get(name, 0) + times * seconds_of(lambda run=compiled, given=arguments: run(*given), repeats)
+    return seconds
+
+
+def matrix_peak(dtype: str, side: int, repeats: int) -> float:
+    """TFLOP/s of one large product."""
+    a = jax.random.normal(jax.random.key(0), (side, side), jnp.dtype(dtype))
+    product = jax.jit(jnp.matmul)
+    return 2 * side**3 / seconds_of(lambda: product(a, a), repeats) / 1e12
+
+
+def pytorch_seconds(window: Window, levels: tuple[int, ...], coefficients: list[float], expected: jax.Array, flags: argparse.Namespace) -> tuple[float, float]:
+    """(seconds of a step in PyTorch, relative L2 distance of what it did to z from what ours did), on the same device with the same weights."""
+    import pytorch_reference as reference
+    import torch
+
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    dtype = getattr(torch, flags.dtype)
+    network = reference.Reference(window.model.config, jax.device_get(window.params), jax.device_get(window.constants), dtype=dtype, device=device)
+    tensor = lambda x: None if x is None else torch.from_numpy(np.array(x)).to(device)
+    signals = [tokens.at_level(window.conditions, level, dropped="omit") for level in levels]
+    passes = [reference.Inputs(*map(tensor, one[:3])) for one in signals]
+    run = network.__call__ if flags.eager else torch.compile(network.__call__)
+    z = tensor(window.z)
+    t, t_next = flow.noise_levels(1, shift=3.0).tolist()
+
+    def step():
+        with torch.inference_mode():
+            result = reference.step(run, z, t, t_next, passes, coefficients, prediction="velocity")
+            if device == "cuda":
+                torch.cuda.synchronize()
+        return result
+
+    result, taken = step().cpu().numpy(), []
+    for _ in range(flags.repeats):
+        begun = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - begun)
+    begun = np.asarray(window.z)
+    return statistics.median(taken), float(np.linalg.norm(result - expected) / np.linalg.norm(expected - begun))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--size", choices=["full", "small"], default="full")
+    parser.add_argument("--history", choices=["joint", "cached"], default="joint", help="cached: keys and values of history once per window")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--against-pytorch", action="store_true", help="the same step in PyTorch, in turn")
+    parser.add_argument("--eager", action="store_true", help="PyTorch without torch.compile")
+    flags = parser.parse_args()
+    on_cpu = jax.default_backend() == "cpu"
+    flags.dtype = flags.dtype or ("float32" if on_cpu else "bfloat16")
+    if flags.against_pytorch and flags.history != "joint":
+        parser.error("--against-pytorch goes with --history joint")
+    config = make_config(flags)
+    window = make_window(config)
+    chosen = sampler.guided_passes(GUIDANCE, with_history=True)
+    levels, coefficients = tuple(chosen), list(chosen.values())
+
+    step = step_of(window, levels, coefficients, steps=1)
+    begun = time.perf_counter()
+    expected = np.asarray(step())
+    compile_seconds = time.perf_counter() - begun
+    whole = seconds_of(step, flags.repeats)
+    assert np.isfinite(expected).all(), "the result is not finite"
+    first = sampler.guided_passes(GUIDANCE, with_history=False)
+    without = window._replace(conditions=window.conditions._replace(history=None))
+    first_seconds = seconds_of(step_of(without, tuple(first), list(first.values()), steps=1), flags.repeats)
+    by_pass = {PASSES[level]: seconds_of(step_of(window, (level,), [1.0], steps=1), flags.repeats) for level in levels}
+    by_component = time_components(config, flags.repeats)
+    by_component["rest"] = by_pass["p"] - sum(by_component.values())
+
+    shape = {"frames": config.data.frames, "history": config.data.history, "tokens": config.grid**2}
+    work = {PASSES[level]: flops.forward(config.model, **shape, level=level).total / 1e12 for level in levels}
+    peak = matrix_peak(flags.dtype, 1024 if on_cpu else 8192, flags.repeats)
+    result = {
+        "seconds_per_step": whole,
+        "seconds_per_step_first_window": first_seconds,
+        "seconds_by_pass": by_pass,
+        "seconds_by_component": by_component,
+        "tflop_by_pass": work,
+        "tflops": sum(work.values()) / whole,
+        "matrix_peak_tflops": peak,
+        "share_of_peak": sum(work.values()) / whole / peak,
+        "peak_memory_gb": peak_memory(),
+        "compile_seconds": compile_seconds,
+    }
+    if flags.against_pytorch:
+        theirs, apart = pytorch_seconds(window, levels, coefficients, expected, flags)
+        ours = seconds_of(step, flags.repeats)  # once more, on both sides of it
+        result |= {"pytorch_seconds": theirs, "pytorch_apart": apart, "times_as_fast_as_pytorch": theirs / statistics.mean([whole, ours])}
+    result |= {
+        "sizes": {name: getattr(flags, name) for name in ("size", "history", "dtype", "repeats", "eager")} | shape,
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", *(("torch",) if flags.against_pytorch else ()))},
+        "date": datetime.date.today().isoformat(),
+    }
+    print(f"step {whole:.3f} s (first window {first_seconds:.3f}), {result['tflops']:.2f} TFLOP/s, {result['share_of_peak']:.0%} of a product's {peak:.2f}")
+    for title, parts in ("pass", by_pass), ("in pass p", by_component):
+        print(f"{title:>10}: " + ", ".join(f"{name} {seconds:.4f} s ({seconds / by_pass['p']:.0%})" for name, seconds in parts.items()))
+    if flags.against_pytorch:
+        print(f"   PyTorch: {theirs:.3f} s; ours is {result['times_as_fast_as_pytorch']:.2f} times as fast; apart by {apart:.1e}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
