@@ -80,9 +80,10 @@ def make_window(config: Config) -> Window:
     return Window(Transformer(model), params, constants, conditions, z)
 
 
-def seconds_of(function: Callable[[], Any], repeats: int) -> float:
-    """Median of `repeats` calls, after one."""
-    jax.block_until_ready(function())
+def seconds_of(function: Callable[[], Any], repeats: int, *, warm: bool = False) -> float:
+    """Median of `repeats` calls, after one that does not count, unless it is `warm`."""
+    if not warm:
+        jax.block_until_ready(function())
     taken = []
     for _ in range(repeats):
         begun = time.perf_counter()
@@ -136,8 +137,14 @@ def time_components(config: Config, repeats: int) -> dict[str, float]:
     seconds = {}
     for name, parts in components(config).items():
         for function, shapes, times in parts:
-            compiled, arguments = jax.jit(function), [drawn(shape) for shape in shapes]
-            seconds[name] = seconds.get(name, 0) + times * seconds_of(lambda run=compiled, given=arguments: run(*given), repeats)
+            arguments = [drawn(shape) for shape in shapes]
+
+            @jax.jit
+            def in_a_row(first, *others, function=function, times=times):  # each waits for the one before, as layers do
+                again = lambda _, x: first + 0 * function(x, *others).ravel()[0]
+                return jax.lax.fori_loop(0, times, again, first)
+
+            seconds[name] = seconds.get(name, 0) + seconds_of(lambda run=in_a_row, given=arguments: run(*given), repeats)
     return seconds
 
 
@@ -148,8 +155,9 @@ def matrix_peak(dtype: str, side: int, repeats: int) -> float:
     return 2 * side**3 / seconds_of(lambda: product(a, a), repeats) / 1e12
 
 
-def pytorch_seconds(window: Window, levels: tuple[int, ...], coefficients: list[float], expected: jax.Array, flags: argparse.Namespace) -> tuple[float, float]:
-    """(seconds of a step in PyTorch, relative L2 distance of what it did to z from what ours did), on the same device with the same weights."""
+def against_pytorch(window: Window, levels: tuple[int, ...], coefficients: list[float], ours: Callable[[], jax.Array], flags: argparse.Namespace) -> dict[str, Any]:
+    """A step in PyTorch and `ours`, in turn, on the same device with the same weights: seconds, how often ours is done meanwhile (median, and the
+    quarters of all turns), and the relative L2 distance between what the two did to z."""
     import pytorch_reference as reference
     import torch
 
@@ -163,20 +171,21 @@ def pytorch_seconds(window: Window, levels: tuple[int, ...], coefficients: list[
     z = tensor(window.z)
     t, t_next = flow.noise_levels(1, shift=3.0).tolist()
 
-    def step():
+    def theirs():
         with torch.inference_mode():
             result = reference.step(run, z, t, t_next, passes, coefficients, prediction="velocity")
             if device == "cuda":
                 torch.cuda.synchronize()
         return result
 
-    result, taken = step().cpu().numpy(), []
-    for _ in range(flags.repeats):
-        begun = time.perf_counter()
-        step()
-        taken.append(time.perf_counter() - begun)
-    begun = np.asarray(window.z)
-    return statistics.median(taken), float(np.linalg.norm(result - expected) / np.linalg.norm(expected - begun))
+    result, expected, begun = theirs().cpu().numpy(), np.asarray(ours()), np.asarray(window.z)
+    taken = []
+    for _ in range(3 * flags.repeats):
+        taken.append([seconds_of(step, 1, warm=True) for step in (theirs, ours)])
+    seconds = np.array(taken)
+    quarters = np.quantile(seconds[:, 0] / seconds[:, 1], [0.25, 0.5, 0.75]).tolist()
+    apart = float(np.linalg.norm(result - expected) / np.linalg.norm(expected - begun))
+    return {"pytorch_seconds": float(np.median(seconds[:, 0])), "times_as_fast_as_pytorch": quarters[1], "quarters": quarters[::2], "pytorch_apart": apart}
 
 
 def main() -> None:
@@ -210,8 +219,8 @@ def main() -> None:
     by_component = time_components(config, flags.repeats)
     by_component["rest"] = by_pass["p"] - sum(by_component.values())
 
-    shape = {"frames": config.data.frames, "history": config.data.history, "tokens": config.grid**2}
-    work = {PASSES[level]: flops.forward(config.model, **shape, level=level).total / 1e12 for level in levels}
+    shape = {"frames": config.data.frames, "tokens": config.grid**2}
+    work = {PASSES[level]: flops.forward(config.model, **shape, history=config.data.history, level=level).total / 1e12 for level in levels}
     peak = matrix_peak(flags.dtype, 1024 if on_cpu else 8192, flags.repeats)
     result = {
         "seconds_per_step": whole,
@@ -226,9 +235,9 @@ def main() -> None:
         "compile_seconds": compile_seconds,
     }
     if flags.against_pytorch:
-        theirs, apart = pytorch_seconds(window, levels, coefficients, expected, flags)
-        ours = seconds_of(step, flags.repeats)  # once more, on both sides of it
-        result |= {"pytorch_seconds": theirs, "pytorch_apart": apart, "times_as_fast_as_pytorch": theirs / statistics.mean([whole, ours])}
+        compared = against_pytorch(window, levels, coefficients, step, flags)
+        result |= compared
+    shape["history_frames"] = config.data.history
     result |= {
         "sizes": {name: getattr(flags, name) for name in ("size", "history", "dtype", "repeats", "eager")} | shape,
         "device": jax.devices()[0].device_kind,
@@ -239,7 +248,8 @@ def main() -> None:
     for title, parts in ("pass", by_pass), ("in pass p", by_component):
         print(f"{title:>10}: " + ", ".join(f"{name} {seconds:.4f} s ({seconds / by_pass['p']:.0%})" for name, seconds in parts.items()))
     if flags.against_pytorch:
-        print(f"   PyTorch: {theirs:.3f} s; ours is {result['times_as_fast_as_pytorch']:.2f} times as fast; apart by {apart:.1e}")
+        ratio, (low, high) = compared["times_as_fast_as_pytorch"], compared["quarters"]
+        print(f"   PyTorch: {compared['pytorch_seconds']:.3f} s; ours is {ratio:.2f} ({low:.2f} to {high:.2f}) times as fast; apart by {compared['pytorch_apart']:.1e}")
     print(json.dumps(result))
 
 
