@@ -220,7 +220,7 @@ def main() -> None:
     by_component["rest"] = by_pass["p"] - sum(by_component.values())
 
     shape = {"frames": config.data.frames, "tokens": config.grid**2}
-    work = {PASSES[level]: flops.forward(config.model, **shape, history=config.data.history, level=level).total / 1e12 for level in levels}
+    work = {PASSES[level]: flops.forward(config.model, **shape, history=config.data.history, level=level, remembered=flags.history == "cached").total / 1e12 for level in levels}
     peak = matrix_peak(flags.dtype, 1024 if on_cpu else 8192, flags.repeats)
     result = {
         "seconds_per_step": whole,

@@ -39,7 +39,7 @@ from svdp_jax import checkpoint  # noqa: E402
 from svdp_jax.data import clips, detectors, synthetic, video  # noqa: E402
 
 FRAMES, FPS = 6, Fraction(30000, 1001)  # of the driving video: two windows of 4, the second not full
-LONG = ["test_transformer", "test_sample_cli", "test_train_state", "test_learning", "test_train_cli", "test_sampler", "test_convert_live", "test_convert"]
+LONG = ["test_sample_cli", "test_train_state", "test_train_cli", "test_sampler", "test_transformer", "test_interruptions", "test_learning", "test_sharding", "test_convert_live", "test_convert"]
 CHEAP = ["--sample.steps", "2", "--sample.guidance", "1", "1", "1"]  # one pass per step: less to compile
 
 

@@ -28,6 +28,14 @@ def test_a_zeroed_signal_costs_as_much_as_any():
     assert count(zero, tokens.NOTHING) == count(zero, tokens.HISTORY) == count(FULL.model, tokens.HISTORY)
 
 
+def test_history_that_is_remembered_costs_its_keys_alone():
+    cached = dataclasses.replace(FULL.model, history="cached")
+    count = lambda model, level=tokens.HISTORY, **how: flops.forward(model, frames=16, history=3, tokens=1296, level=level, **how)
+    extra = 4 * (16 * 1296) * (3 * 1296) * 1536 * 24  # z asks after history, in every layer
+    assert count(cached, remembered=True).total == count(cached, tokens.DRIVING).total + extra
+    assert count(cached, remembered=True).total < count(cached).total < count(FULL.model).total
+
+
 def test_a_step_is_three_passes_of_every_sample():
     train = dataclasses.replace(FULL, train=dataclasses.replace(FULL.train, batch=32))
     assert flops.train_step(train, with_history=True).total / 1e12 == pytest.approx(32 * 3 * 269.7, rel=0.005)

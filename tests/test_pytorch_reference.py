@@ -42,6 +42,7 @@ def test_a_step_is_the_same_in_float32():
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 def test_a_step_is_the_same_within_bfloat16():
     ours, theirs, z = both("bfloat16")
     exact, _, _ = both("float32")

@@ -75,7 +75,7 @@ def test_passes_add_up_to_the_formula_of_the_paper(with_history):
     assert combined == pytest.approx(u + ls * (s - u) + ld * (d - s) + lp * (p - d))
 
 
-@pytest.mark.parametrize("prediction", ["x0", "velocity"])
+@pytest.mark.parametrize("prediction", ["x0", pytest.param("velocity", marks=pytest.mark.slow)])
 def test_one_step_is_four_passes_combined(prediction):
     model = Transformer(dataclasses.replace(TINY.model, prediction=prediction))
     params = redrawn(fresh_params())
@@ -157,22 +157,23 @@ def test_a_model_without_history_is_given_none_in_zero_mode_either():
     np.testing.assert_array_equal(zero, omit)
 
 
-@pytest.mark.parametrize("dropped", ["omit", "zero"])
+@pytest.mark.parametrize("dropped", ["omit", pytest.param("zero", marks=pytest.mark.slow)])
 def test_history_that_is_cached_is_history_that_is_seen_at_every_step(dropped):
     """Keys and values once per window, against the network on the latents of history at each step."""
     model = Transformer(dataclasses.replace(TINY.model, history="cached", dropped=dropped))
     params = redrawn(fresh_params())
     _, _, conditions, constants = draw_inputs(TINY.model, batch=1, frames=3, history=2)
-    ours = window(conditions, model=model, params=params, constants=constants)
+    how = {"params": params, "constants": constants, "sample": dataclasses.replace(SAMPLE, guidance=(1.0, 1.0, 2.0))}  # passes d and p
+    ours = window(conditions, model=model, **how)
 
     class Recomputed(Formula):
         def apply(self, variables, *inputs):
             return model.apply(variables, *inputs)
 
     joint_config = dataclasses.replace(TINY.model, dropped=dropped)  # by which it is given latents
-    theirs = window(conditions, model=Recomputed(joint_config), params=params, constants=constants)
+    theirs = window(conditions, model=Recomputed(joint_config), **how)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
-    joint = window(conditions, model=Transformer(joint_config), params=params, constants=constants)
+    joint = window(conditions, model=Transformer(joint_config), **how)
     assert np.abs(ours - joint).max() > 1e-2, "it is another network"
 
 
@@ -186,11 +187,11 @@ def test_guidance_of_one_is_pass_p_alone():
 def test_a_batch_is_its_samples_one_after_the_other():
     model, params = Transformer(TINY.model), redrawn(fresh_params())
     z, _, conditions, constants = draw_inputs(TINY.model, batch=2, frames=3, history=2)
-    levels, weights = jnp.array(flow.noise_levels(3, shift=3.0)), jnp.array([-1.0, -0.5, 1.5, 1.0])
+    levels, weights = jnp.array(flow.noise_levels(3, shift=3.0)), jnp.array([-0.5, 1.5])
 
     def denoised(*samples):
         some = jax.tree.map(lambda x: x[jnp.array(samples)], (z, conditions))
-        seen = sampler.signals_of(model, params, constants, some[1], range(4))
+        seen = sampler.signals_of(model, params, constants, some[1], (tokens.NOTHING, tokens.HISTORY))
         return sampler.denoise(model, params, constants, some[0] + 0, seen, weights, levels, jnp.int32(0), jnp.int32(3))[0]
 
     together, apart = denoised(0, 1), jnp.concatenate([denoised(0), denoised(1)])
@@ -222,6 +223,7 @@ for history in "joint", "cached":
 """
 
 
+@pytest.mark.slow
 def test_a_window_over_several_devices_is_that_of_one(python):
     done = python("-c", SPREAD, XLA_FLAGS="--xla_force_host_platform_device_count=4", PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     assert done.returncode == 0, done.stderr

@@ -37,27 +37,29 @@ def train_step(config: Config, *, with_history: bool) -> Flops:
     return forward(config.model, frames=config.data.frames, history=config.data.history, tokens=config.grid**2, level=level) * (3 * config.train.batch)
 
 
-def forward(model: ModelConfig, *, frames: int, history: int, tokens: int, level: int) -> Flops:
-    """One sample at a level of conditioning (`models.tokens`): `frames` and `history` frames of `tokens` each."""
+def forward(model: ModelConfig, *, frames: int, history: int, tokens: int, level: int, remembered: bool = False) -> Flops:
+    """One sample at a level of conditioning (`models.tokens`): `frames` and `history` frames of `tokens` each. `remembered`: with the keys and
+    values of history at hand, as in the steps of a window where `ModelConfig.history` is "cached"."""
     if model.dropped == "zero":
         level = HISTORY
     past = history if level == HISTORY else 0
     image = tokens * {NOTHING: 1, SOURCE: 2}.get(level, 3)
-    total = _ends(model, frames=frames, past=past, tokens=tokens, level=level)
+    done = 0 if remembered else past  # frames of history that are worked on
+    total = _ends(model, frames=frames, past=done, tokens=tokens, level=level)
     for kind, layers in layer_groups(model):
-        layer = _temporal(model, frames=frames, past=past, tokens=tokens, asked_by_history=kind != "last" and model.history == "joint")
+        asking = frames + done * (kind != "last" and model.history == "joint")
+        layer = _temporal(model, asking=asking, made=frames + done, seen=frames + past, tokens=tokens)
         layer += _joint(model, kind, image) * frames
         if kind != "last":
-            layer += _joint(model, kind, tokens) * past
-        total += (layer + _modulations(model, kind, past)) * layers
+            layer += _joint(model, kind, tokens) * done
+        total += (layer + _modulations(model, kind, done)) * layers
     return total
 
 
-def _temporal(model: ModelConfig, *, frames: int, past: int, tokens: int, asked_by_history: bool) -> Flops:
-    asking = frames + past * asked_by_history
-    seen = frames + past
+def _temporal(model: ModelConfig, *, asking: int, made: int, seen: int, tokens: int) -> Flops:
+    """Frames that ask, whose keys and values are made here, and that are seen."""
     keys = seen if model.temporal == "factorized" else seen * tokens
-    matmul = 4 * seen * tokens * model.width**2 + 4 * asking * tokens * model.width**2  # keys and values; queries and output
+    matmul = 4 * made * tokens * model.width**2 + 4 * asking * tokens * model.width**2  # keys and values; queries and output
     return Flops(matmul, 4 * asking * tokens * keys * model.width)
 
 
