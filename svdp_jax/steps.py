@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import sys
 import tempfile
 import threading
@@ -118,5 +119,6 @@ def _reading(checkpoints: ocp.CheckpointManager) -> Iterator[int]:
         except Exception as error:  # orbax has a different one for each kind of damage
             # The reads that were under way go on to complain, in many lines each, until the process ends.
             sys.unraisablehook = threading.excepthook = lambda _: None
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
             directory, said = checkpoint.absolute(checkpoints.directory) / str(step), checkpoint.first_line(error)
             raise ConfigError(f"checkpoint {directory} cannot be read ({said}); move it out of the workdir to go on from the step before") from error
