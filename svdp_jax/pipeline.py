@@ -25,7 +25,7 @@ from svdp_jax.sharding import Layout
 from svdp_jax.stopwatch import Stopwatch
 from svdp_jax.types import Frozen
 
-CODED_AT_ONCE = 2  # frames that go through the autoencoder together: at 576 x 576 one needs about 2 GB
+CODED_AT_ONCE = 2  # frames that go through the autoencoder together: its activations are large
 FLOAT32_PARTS = ("time", "pooled", "frame_encoding", "q_norm", "k_norm")  # of the network: what is computed in float32, whatever its dtype
 
 Item = TypeVar("Item")

@@ -34,6 +34,7 @@ def test_training_writes_what_others_rely_on(workdir, dataset):
     assert iio.imread(workdir / "samples" / "0000008.png").shape == (3 * 32, 9 * 32, 3)
 
 
+@pytest.mark.slow  # what is killed and goes on shows the same, and more
 def test_a_resumed_run_is_the_same_run_bit_for_bit(workdir, train_tiny, tmp_path):
     resumed = tmp_path / "resumed"
     train_tiny(resumed, "--train.stop-at", "4")
