@@ -38,6 +38,7 @@ from svdp_jax.stopwatch import Stopwatch
 from svdp_jax.types import Frozen
 
 DEMO = pathlib.Path(svdp_jax.__file__).parent / "assets" / "demo"
+FIRST_FRAME = "first frame"  # seconds from the start, beside those of the stages
 COLUMNS = ("source", "driving", "output")  # of a file of jobs
 
 
@@ -241,7 +242,9 @@ def render(job: Job, flags: Flags, config: Config, model: Callable[[], Model], p
     written.append(job.output / f"{job.name}.json")
     written[-1].write_text(json.dumps(record, indent=2) + "\n")
     shutil.rmtree(finished)
-    spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in watch.seconds.items())
+    first = watch.seconds.get(FIRST_FRAME)
+    spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in watch.seconds.items() if name != FIRST_FRAME)
+    spent += f"; first frame after {first:.1f}" if first else ""
     return "\n".join([f"seconds: {spent}; {watch.since_start():.1f} in all", *(f"wrote {path}" for path in written)])
 
 
@@ -251,8 +254,7 @@ def keep_windows(folder: pathlib.Path, windows: Iterator[pipeline.Window], watch
     def keep(window: pipeline.Window) -> None:
         with watch("decode"):
             window = pipeline.Window(window.number, np.asarray(window.frames), np.asarray(window.history))
-        if "first frame" not in watch.seconds:
-            watch.seconds["first frame"] = watch.since_start()
+        watch.seconds.setdefault(FIRST_FRAME, watch.since_start())
         with watch("keep"):
             rendering.save(folder, window)
 

@@ -23,14 +23,13 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from svdp_jax import flow, sampler, train_state  # noqa: E402
+from svdp_jax import flow, pipeline, sampler  # noqa: E402
 from svdp_jax.config import Config, load_config  # noqa: E402
 from svdp_jax.models import flops, tokens  # noqa: E402
 from svdp_jax.models.attention import attention  # noqa: E402
@@ -62,15 +61,13 @@ def make_window(config: Config) -> Window:
     """Random weights, of which none is zero, and random latents."""
     model, data = config.model, config.data
     height, width, _ = config.latent_shape
-    like = jax.eval_shape(lambda: nn.meta.unbox(train_state.init_params(config, jax.random.key(0))))
-    leaves, structure = jax.tree.flatten_with_path(like)
+    leaves, structure = jax.tree.flatten_with_path(pipeline.abstract_weights(config, jax.devices()[0]))
 
     @functools.partial(jax.jit, static_argnums=0)
     def drawn(number: int) -> jax.Array:
         path, leaf = leaves[number]
         noise = jax.random.normal(jax.random.fold_in(jax.random.key(1), number), leaf.shape) * 0.02
-        wide = {entry.key for entry in path} & {"time", "pooled", "frame_encoding", "q_norm", "k_norm"}
-        return (noise + 1 if path[-1].key.endswith("norm") else noise).astype(jnp.float32 if wide else model.dtype)
+        return (noise + 1 if path[-1].key.endswith("norm") else noise).astype(leaf.dtype)
 
     params = structure.unflatten([drawn(number) for number in range(len(leaves))])
     shapes = abstract_inputs(model, batch=1, frames=data.frames, history=data.history, height=height, width=width)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 
 from svdp_jax.config import ConfigError
+from svdp_jax.files import one_line
 
 HEARTBEAT = 20  # seconds without a sign of life, after which a process counts as gone
 
@@ -41,7 +42,7 @@ def start(cluster: Cluster, environment: Mapping[str, str] = os.environ) -> None
     try:
         jax.distributed.initialize(cluster.coordinator, cluster.processes, cluster.process, heartbeat_timeout_seconds=cluster.heartbeat)
     except Exception as error:  # of gRPC, of whoever looks for the cluster
-        raise ConfigError(f"the other processes of this run cannot be joined: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(f"the other processes of this run cannot be joined: {one_line(error)[:300]}") from error
 
 
 def expected(environment: Mapping[str, str]) -> bool:
@@ -62,8 +63,7 @@ def together() -> Iterator[None]:
         if not jax.distributed.is_initialized():
             raise
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            said = " ".join(str(error).split())[:300]
-            print(f"error: the processes of this run have lost each other ({said}); start all of them again: the run goes on", file=sys.stderr)
+            print(f"error: the processes of this run have lost each other, or a device has failed ({one_line(error)[:300]}); start all of them again: the run goes on", file=sys.stderr)
         elif not isinstance(error, SystemExit):  # of which the reason has been told
             traceback.print_exc()
         sys.stdout.flush()

@@ -72,7 +72,7 @@ def ending(monkeypatch):
 def test_a_process_that_loses_the_others_says_so_and_ends_at_once(ending, capsys):
     assert ending(jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed:\nConnection closed by peer")) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: the processes of this run have lost each other (UNKNOWN: Gloo AllGather failed: Connection closed by peer); start all")
+    assert line.startswith("error: the processes of this run have lost each other, or a device has failed (UNKNOWN: Gloo AllGather failed: Connection closed by peer); start all")
 
 
 def test_a_process_that_fails_by_itself_ends_at_once_too(ending, capsys):
