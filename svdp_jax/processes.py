@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
+import socket
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -20,6 +23,7 @@ from svdp_jax.config import ConfigError
 from svdp_jax.files import one_line
 
 HEARTBEAT = 20  # seconds without a sign of life, after which a process counts as gone
+PATIENCE = 300  # seconds until all processes must have come
 
 
 class Cluster(NamedTuple):
@@ -36,13 +40,57 @@ def start(cluster: Cluster, environment: Mapping[str, str] = os.environ) -> None
     given = [value is not None for value in cluster[:3]]
     if any(given) and not all(given):
         raise ConfigError("--coordinator HOST:PORT, --processes N and --process I are given together")
+    if cluster.coordinator and not re.fullmatch(r".+:\d+", cluster.coordinator):
+        raise ConfigError(f"--coordinator {cluster.coordinator} is not HOST:PORT")
     if not all(given) and not expected(environment):
         return
+    if cluster.process == 0:
+        _expect_free(cluster.coordinator)
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours: all processes stop behind the same step
     try:
-        jax.distributed.initialize(cluster.coordinator, cluster.processes, cluster.process, heartbeat_timeout_seconds=cluster.heartbeat)
+        with _gives_up(cluster):
+            limits = {"initialization_timeout": 2 * PATIENCE, "heartbeat_timeout_seconds": cluster.heartbeat}
+            jax.distributed.initialize(cluster.coordinator, cluster.processes, cluster.process, **limits)
     except Exception as error:  # of gRPC, of whoever looks for the cluster
-        raise ConfigError(f"the other processes of this run cannot be joined: {one_line(error)[:300]}") from error
+        raise ConfigError(f"the other processes of this run cannot be joined{f' at {cluster.coordinator}' * given[0]}: {one_line(error)[:300]}") from error
+
+
+def _expect_free(coordinator: str) -> None:
+    """ConfigError where the coordinator's port is taken, at which JAX crashes."""
+    try:
+        socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--coordinator {coordinator}: process 0 cannot listen there ({one_line(error)}); another port, or end what has it") from error
+
+
+@contextlib.contextmanager
+def _gives_up(cluster: Cluster) -> Iterator[None]:
+    """Ends the process where it is not out of here within PATIENCE, and says why. JAX's own limit ends it with a stack trace of C++."""
+
+    def give_up() -> None:
+        print(f"error: {absence(cluster)}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(PATIENCE, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def absence(cluster: Cluster) -> str:
+    """Who is missing, as far as one process can tell."""
+    late = f"the processes of this run have not all come within {PATIENCE} s"
+    if not cluster.coordinator:
+        return f"{late}; have all of them been started, and do they reach each other?"
+    host, _, port = cluster.coordinator.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        return f"{late}: at --coordinator {cluster.coordinator} nobody answers ({one_line(error)}); process 0 must run there"
+    return f"{late}: {cluster.coordinator} answers, but not all {cluster.processes} are there; is that process 0 of this run, and has each a --process of its own, 0 to {cluster.processes - 1}?"
 
 
 def expected(environment: Mapping[str, str]) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 
 import jax
 import pytest
@@ -37,14 +38,63 @@ def test_flags_that_lack_one_are_refused(cluster):
         processes.start(cluster, {})
 
 
-def test_where_the_others_are_not_found_that_is_said(monkeypatch):
+@pytest.mark.parametrize("place", ["localhost", ":1", "localhost:http"])
+def test_a_coordinator_is_a_host_and_a_port(place):
+    with pytest.raises(ConfigError, match=f"--coordinator {place} is not HOST:PORT"):
+        processes.start(processes.Cluster(place, 2, 1), {})
+
+
+def test_where_joining_fails_that_is_said(monkeypatch):
     def fails(*_, **__):
-        raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out.\nMany more lines")
+        raise RuntimeError("UNKNOWN: no such cluster.\nMany more lines")
 
     monkeypatch.setattr(processes.jax.distributed, "initialize", fails)
     monkeypatch.setattr(processes.jax.config, "update", lambda *_: None)
-    with pytest.raises(ConfigError, match="cannot be joined: DEADLINE_EXCEEDED: Barrier timed out. Many more lines"):
-        processes.start(processes.Cluster("localhost:1", 2, 0), {})
+    with pytest.raises(ConfigError, match="cannot be joined at localhost:1: UNKNOWN: no such cluster. Many more lines"):
+        processes.start(processes.Cluster("localhost:1", 2, 1), {})
+
+
+@pytest.fixture
+def taken():
+    """A port that somebody listens at who is no process 0."""
+    with socket.create_server(("", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize("port", ["taken", 99999999])
+def test_a_coordinator_that_cannot_listen_is_told(taken, port):
+    place = f"localhost:{taken if port == 'taken' else port}"
+    with pytest.raises(ConfigError, match=f"--coordinator {place}: process 0 cannot listen there"):
+        processes.start(processes.Cluster(place, 2, 0), {})
+
+
+JOIN = """
+import sys
+from svdp_jax import processes
+processes.PATIENCE = 2
+processes.start(processes.Cluster(sys.argv[1], 2, int(sys.argv[2])))
+"""
+
+
+@pytest.mark.parametrize(
+    ("process", "said"),
+    [
+        (1, "at --coordinator {place} nobody answers ([Errno 111] Connection refused); process 0 must run there"),
+        (0, "{place} answers, but not all 2 are there; is that process 0 of this run, and has each a --process of its own, 0 to 1?"),
+    ],
+)
+def test_a_process_that_nobody_joins_says_so_and_ends(python, free, process, said):
+    place = f"127.0.0.1:{free}"
+    done = python("-c", JOIN, place, process)
+    assert done.returncode == 1
+    assert f"error: the processes of this run have not all come within 2 s: {said.format(place=place)}" in done.stderr.splitlines()
+
+
+@pytest.fixture
+def free():
+    """A port that is free."""
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
 
 
 class Ended(BaseException):
