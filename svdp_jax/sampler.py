@@ -22,6 +22,10 @@ from svdp_jax.models import tokens
 from svdp_jax.sharding import Layout
 from svdp_jax.types import Conditions, Constants, Memory
 
+# On GPUs: products by cuBLAS, which adds the bias and takes the GELU in passing. Behind XLA's own products a kernel of its own does that, and
+# reads and writes the MLPs' widest arrays once more.
+COMPILER = {"xla_gpu_enable_triton_gemm": False}
+
 
 @runtime_checkable
 class Network(Protocol):
@@ -57,7 +61,7 @@ def remember(model: Network, params: Any, history: Float[Array, "B P h w C"], co
     return model.apply({"params": params}, history, constants, method="remember")
 
 
-@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("z",))
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("z",), compiler_options=COMPILER)
 def denoise(
     model: Network,
     params: Any,
