@@ -54,16 +54,15 @@ def main(config: Config, workdir: files.Place, cluster: processes.Cluster) -> No
     shown = loader.whole_clip(clips.open_clips(config.data.path, split="validation")[0], config.data)
 
     # -------------------------------------------------------------------------------------------- state, born in its shards
-    new_state = lambda key: train_state.init_state(config, train_state.init_params(config, key))
-    boxed = jax.eval_shape(new_state, key_init)
-    shardings = sharding.shardings_of(boxed, layout)
+    abstract = train_state.abstract_state(config, layout)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if start:
-        state, frozen = steps.restore(checkpoints, sharding.abstract(boxed, shardings)), checkpoint.load_frozen(workdir)
+        state, frozen = steps.restore(checkpoints, abstract), checkpoint.load_frozen(workdir)
     elif train.init_from:
-        params, frozen = checkpoint.load_initial(train.init_from, config, sharding.abstract(boxed.params, shardings.params))
+        params, frozen = checkpoint.load_initial(train.init_from, config, abstract.params)
         state = jax.jit(lambda params: train_state.init_state(config, params), out_shardings=shardings, donate_argnums=0)(params)
     else:
-        state, frozen = jax.jit(lambda key: nn.meta.unbox(new_state(key)), out_shardings=shardings)(key_init), new_frozen(config)
+        state, frozen = jax.jit(lambda key: nn.meta.unbox(train_state.new_state(config, key)), out_shardings=shardings)(key_init), new_frozen(config)
     if not start:
         checkpoint.save_frozen(workdir, frozen)
     if writer:

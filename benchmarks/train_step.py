@@ -71,9 +71,8 @@ def main() -> None:
     layout = sharding.make_layout(config.mesh)
     sharding.check_batch(layout, flags.batch, accumulation=flags.accumulation)
 
-    new_state = lambda key: train_state.init_state(config, train_state.init_params(config, key))
-    shardings = sharding.shardings_of(jax.eval_shape(new_state, jax.random.key(0)), layout)
-    state = jax.jit(lambda key: nn.meta.unbox(new_state(key)), out_shardings=shardings)(jax.random.key(0))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, train_state.abstract_state(config, layout))
+    state = jax.jit(lambda key: nn.meta.unbox(train_state.new_state(config, key)), out_shardings=shardings)(jax.random.key(0))
     autoencoder = nn.meta.unbox(jax.jit(make_autoencoder(config.autoencoder).init)(jax.random.key(1), jnp.zeros((1, 64, 64, 3)))["params"])
     model = config.model
     text, pooled = np.zeros((model.text_tokens, model.text_width), np.float32), np.zeros(model.pooled_width, np.float32)

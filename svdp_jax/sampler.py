@@ -19,12 +19,9 @@ from jaxtyping import Array, Float, Int, Key
 from svdp_jax import flow
 from svdp_jax.config import ModelConfig, SampleConfig
 from svdp_jax.models import tokens
+from svdp_jax.models.layers import COMPILER
 from svdp_jax.sharding import Layout
 from svdp_jax.types import Conditions, Constants, Memory
-
-# On GPUs: products by cuBLAS, which adds the bias and takes the GELU in passing. Behind XLA's own products a kernel of its own does that, and
-# reads and writes the MLPs' widest arrays once more.
-COMPILER = {"xla_gpu_enable_triton_gemm": False}
 
 
 @runtime_checkable

@@ -115,6 +115,11 @@ class Layout:
         """The whole array on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
+    @property
+    def each(self) -> NamedSharding:
+        """Of an array with an entry for each device."""
+        return NamedSharding(self.mesh, PartitionSpec(AXES))
+
     def rows(self, samples: int) -> list[int]:
         """Which samples of a batch this process's devices need."""
         parts = self.batch.addressable_devices_indices_map((samples,)).values()
@@ -137,8 +142,7 @@ class Layout:
 
     def votes(self, vote: bool) -> Array:
         """For each device of the mesh whether its process votes for something."""
-        everywhere = NamedSharding(self.mesh, PartitionSpec(AXES))
-        return jax.make_array_from_callback((self.mesh.size,), everywhere, lambda _: np.full(1, vote, np.int32))
+        return jax.make_array_from_callback((self.mesh.size,), self.each, lambda _: np.full(1, vote, np.int32))
 
     def gathered(self, tree: Any, dtype: str) -> Any:
         """A tree of arrays of this type, whole, on one device of this process. All processes take part."""

@@ -20,8 +20,9 @@ from svdp_jax import flow
 from svdp_jax.config import Config, TrainConfig
 from svdp_jax.models import tokens
 from svdp_jax.models.autoencoder import make_autoencoder, to_unit
+from svdp_jax.models.layers import COMPILER
 from svdp_jax.models.transformer import Transformer, abstract_inputs
-from svdp_jax.sharding import Layout, shardings_of
+from svdp_jax.sharding import Layout, abstract, shardings_of
 from svdp_jax.types import Batch, Conditions, Constants, Frozen
 
 NEW_PARAMETERS = ("temporal", "frame_encoding")  # absent from the pretrained model
@@ -99,6 +100,17 @@ def init_state(config: Config, params: Any) -> TrainState:
     """The state before the first step, of given parameters; where they are boxed with their names, so are moments and EMA."""
     zero = lambda: jnp.zeros((), jnp.int32)
     return TrainState(zero(), params, make_optimizer(config.train).init(params), jax.tree.map(jnp.copy, params), zero())
+
+
+def new_state(config: Config, key: Key[Array, ""]) -> TrainState:
+    """The state of a run from scratch, boxed with the names of its axes."""
+    return init_state(config, init_params(config, key))
+
+
+def abstract_state(config: Config, layout: Layout) -> TrainState:
+    """Shapes of the state, each with where it lies on the mesh."""
+    boxed = jax.eval_shape(lambda key: new_state(config, key), jax.random.key(0))
+    return abstract(boxed, shardings_of(boxed, layout))
 
 
 def constants_of(config: Config, frozen: Frozen) -> Constants:
@@ -234,4 +246,4 @@ def make_step(config: Config, layout: Layout, shardings: TrainState, *, with_his
         after, metrics = train_step(config, state, batch, autoencoder, constants, key, with_history=with_history, layout=layout)
         return after, metrics | {"stop": votes.max()}
 
-    return jax.jit(step, out_shardings=(shardings, layout.whole), donate_argnums=0)
+    return jax.jit(step, out_shardings=(shardings, layout.whole), donate_argnums=0, compiler_options=COMPILER)

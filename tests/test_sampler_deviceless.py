@@ -35,8 +35,6 @@ def test_a_window_of_576_pixels_fits_in_24_gb():
 
 
 def main(platform: str) -> None:
-    default = attention.choose_backend
-    attention.choose_backend = lambda _, *shapes: default(platform, *shapes)  # "auto" otherwise asks for the device JAX runs on
     device, config = device_of(platform), Config()
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
     on_device = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), tree)
@@ -69,4 +67,5 @@ def main(platform: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with attention.compiling_for(sys.argv[1]):
+        main(*sys.argv[1:])

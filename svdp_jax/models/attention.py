@@ -15,8 +15,10 @@ a gradient of exactly zero. Everything is local and pure: callers that shard wra
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import jax
@@ -36,6 +38,8 @@ SHORT_KEYS = 128  # one tile of a flash kernel: below it, padding costs more tha
 TPU_BLOCK = 512
 TPU_LANES = 128
 
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
 
 def attention(
     q: Float[Array, "B G Q N H"],
@@ -51,7 +55,7 @@ def attention(
         q: queries. Every row comes out finite, also those that the caller regards as dropped.
         k, v: keys and values; K may differ from Q.
         lengths: how many leading keys of each sample take part, each >= 1; None is all of them.
-        backend: "auto" asks `choose_backend` for the device JAX runs on; name one when compiling for another device.
+        backend: "auto" asks `choose_backend` for the device JAX runs on, or that of `compiling_for`.
 
     Raises:
         ValueError: shapes that do not fit together, a backend that does not exist or that cannot take these inputs.
@@ -59,7 +63,7 @@ def attention(
     if q.ndim != 5 or k.shape != v.shape or q.shape[:2] + q.shape[3:] != k.shape[:2] + k.shape[3:]:
         raise ValueError(f"attention wants q [B,G,Q,N,H] and k, v [B,G,K,N,H]; got q {q.shape}, k {k.shape}, v {v.shape}")
     if backend == "auto":
-        backend = choose_backend(jax.default_backend(), q.shape, k.shape, q.dtype)
+        backend = choose_backend(_platform.get() or jax.default_backend(), q.shape, k.shape, q.dtype)
     if backend not in get_args(Backend):
         raise ValueError(f"unknown attention backend {backend!r}; choose one of {', '.join(get_args(Backend))}")
     if backend == "cudnn" and not _fits_cudnn(q.shape[-1], q.dtype):
@@ -71,6 +75,16 @@ def attention(
         k, v = jnp.where(kept, k, 0), jnp.where(kept, v, 0)
     attend = {"plain": _plain, "chunked": _chunked, "cudnn": _cudnn, "pallas": _pallas}[backend]
     return attend(q, k, v, lengths)
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Inside, "auto" is what suits this platform, which need not be there: "cpu", "cuda", "tpu"."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
 
 
 def choose_backend(platform: str, q_shape: Sequence[int], k_shape: Sequence[int], dtype: DTypeLike) -> Backend:

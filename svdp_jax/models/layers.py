@@ -16,6 +16,10 @@ from svdp_jax.sharding import Layout
 
 EPSILON = 1e-6
 
+# Programs of the network are compiled with this. On GPUs, products by cuBLAS, which adds the bias and takes the GELU in passing; behind XLA's own
+# products a kernel of its own does that, and reads and writes the MLPs' widest arrays once more.
+COMPILER = {"xla_gpu_enable_triton_gemm": False}
+
 
 def layer_norm(x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
     """Layer norm without affine parameters, in float32."""

@@ -1,0 +1,60 @@
+"""One compilation in a process of its own: a request as JSON on standard input, its row as JSON on the last line of output.
+
+    python -m svdp_jax.plan.child < request.json
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from typing import Any
+
+from svdp_jax.config import Config, ConfigError, from_dict
+from svdp_jax.plan import costs, programs, targets
+
+NEEDS = re.compile(r"(?:total memory required|Used) .*?([\d.]+)([GM])")
+
+
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    """The row of a request: {config, target, strategy, program, batch, remat}. What cannot be compiled is a row with `reason`."""
+    target = targets.parse(request["target"])
+    names = ("program", "batch", "remat")
+    row = {name: request[name] for name in ("target", "strategy", *names)}
+    try:
+        devices = targets.devices(target)
+        given = {name: request[name] for name in names}
+        config = programs.config_for(from_dict(Config, request["config"]), request["strategy"], count=target.count, groups=target.groups, **given)
+        begun = time.perf_counter()
+        program = programs.LOWER[request["program"]](config, devices, target.platform)
+        row |= {"mesh": program.mesh, "lower_seconds": time.perf_counter() - begun}
+        begun = time.perf_counter()
+        compiled = program.lowered.compile()
+    except (ConfigError, ValueError) as problem:
+        return row | {"fits": None, "reason": " ".join(str(problem).split())}
+    except Exception as problem:  # of the compiler, which has its own for each device
+        said = " ".join(str(problem).split())
+        return row | {"fits": False if "RESOURCE_EXHAUSTED" in said else None, "reason": said[:500], "memory": {"needed": _needed(said)}}
+    seconds = time.perf_counter() - begun
+    memory = compiled.memory_analysis()
+    found = costs.of(compiled.as_text(), program.mesh or {"data": 1}, target.device, groups=target.groups)
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    held = program.held | {"temporaries": total - memory.argument_size_in_bytes, "arguments": memory.argument_size_in_bytes, "total": total}
+    row |= {"memory": held, "model_flops": program.flops / target.count, "compile_seconds": seconds, **costs.summary(found)}
+    if target.device:
+        limit = target.device.memory * 1e9
+        row |= {"limit": limit, "fits": total <= limit, "mfu": program.flops / target.count / (target.device.tflops * 1e12) / found.seconds["step"]}
+    else:
+        row |= {"limit": None, "fits": None, "mfu": None}
+    return row
+
+
+def _needed(said: str) -> float | None:
+    """Bytes that a compiler says are missing."""
+    found = NEEDS.search(said)
+    return float(found[1]) * {"G": 2**30, "M": 2**20}[found[2]] if found else None
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.load(sys.stdin))))
