@@ -65,8 +65,12 @@ def keep_programs() -> None:
     import jax  # which most commands do without
 
     if not jax.config.jax_compilation_cache_dir:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "svdp_jax"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory()))
+
+
+def cache_directory() -> pathlib.Path:
+    """Of what can be made again."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "svdp_jax"
 
 
 def _warning_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:

@@ -102,7 +102,9 @@ def check_installed(target: Target) -> None:
 
 def environment(target: Target) -> dict[str, str]:
     """What a process that compiles for the target has to have in its environment before JAX is imported."""
-    own = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    own = {"JAX_PLATFORMS": "cpu"}
+    if target.platform != "cpu":
+        own["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"  # as on the devices
     if target.platform == "tpu":
         own |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost"}
     if target.platform == "cpu":

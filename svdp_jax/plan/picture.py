@@ -1,0 +1,43 @@
+"""A picture of rows: what a device holds, and how long a step takes, bar by bar."""
+
+from __future__ import annotations
+
+import pathlib
+
+from svdp_jax.config import ConfigError
+from svdp_jax.plan.rows import Row
+
+PARTS = {"parameters": "#4c72b0", "optimizer": "#dd8452", "ema": "#55a868", "batch": "#c44e52", "autoencoder": "#8172b3", "constants": "#937860", "latents": "#c44e52", "temporaries": "#b0b0b0"}
+TIMES = {"matrix": "#4c72b0", "memory": "#dd8452", "interconnect": "#c44e52", "step": "#303030"}
+
+
+def draw(rows: list[Row], path: pathlib.Path) -> None:
+    """Writes it. ConfigError where matplotlib is missing, or there is nothing to show."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib: pip install -e '.[plot]'") from None
+    shown = [row for row in rows if "compile_seconds" in row][::-1]
+    if not shown:
+        raise ConfigError("--plot: no row was compiled")
+    figure = Figure(figsize=(13, 1.6 + 0.42 * len(shown)), layout="constrained")
+    memory, time = figure.subplots(1, 2, sharey=True)
+    names = [f"{row['target']}  {row['strategy']}  {row['remat']}" for row in shown]
+    left = [0.0] * len(shown)
+    for part, colour in PARTS.items():
+        widths = [row["memory"].get(part, 0) / 1e9 for row in shown]
+        if any(widths):
+            memory.barh(names, widths, left=left, color=colour, label=part)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+    for place, row in enumerate(shown):
+        if row["limit"]:
+            memory.plot([row["limit"] / 1e9] * 2, [place - 0.45, place + 0.45], color="black", linewidth=2, label="a device has" if place == 0 else None)
+    memory.set_xlabel("GB on a device")
+    memory.legend(fontsize=8, loc="lower right")
+    height = 0.8 / len(TIMES)
+    for number, (name, colour) in enumerate(TIMES.items()):
+        places = [place + 0.4 - (number + 0.5) * height for place in range(len(shown))]
+        time.barh(places, [row["seconds"].get(name, 0) for row in shown], height=height, color=colour, label=name)
+    time.set_xlabel("seconds of a step, at least")
+    time.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,124 @@
+"""Compilations one after the other, each in a process of its own, and their rows: what is known already comes from the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from svdp_jax import cli
+from svdp_jax.config import Config, to_dict
+from svdp_jax.plan import targets
+from svdp_jax.plan.targets import Target
+
+PACKAGE = pathlib.Path(__file__).parents[1]
+COMPILERS = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt")
+SPILLED = "Involuntary full rematerialization"  # XLA's words for an array that is gathered whole to be laid out anew
+
+Row = dict[str, Any]
+
+
+class Request(NamedTuple):
+    """What is to be compiled."""
+
+    config: Config
+    target: Target
+    strategy: str
+    program: str  # train, sample
+    batch: int  # samples per device
+    remat: str
+
+    @property
+    def named(self) -> Row:
+        """What tells its row from others."""
+        return {"target": self.target.name, "strategy": self.strategy, "program": self.program, "batch": self.batch, "remat": self.remat}
+
+
+class Limits(NamedTuple):
+    """Of one compilation."""
+
+    memory: float = 20.0  # GB of this machine's
+    seconds: float = 1800.0
+
+
+def fill(requests: Iterable[Request], *, limits: Limits, cache: pathlib.Path | None = None) -> Iterator[tuple[Row, bool]]:
+    """The row of each request, and whether it was in the cache (default: the user's cache directory). A compilation that fails is a row with its `reason`."""
+    cache = cache or cli.cache_directory() / "plan"
+    cache.mkdir(parents=True, exist_ok=True)
+    for request in requests:
+        kept = cache / f"{_fingerprint(request)}.json"
+        if kept.exists():
+            yield json.loads(kept.read_text()), True
+            continue
+        row = _compile(request, limits)
+        if "ended" not in row:  # where the compiler has had its say; it may have more time or memory another time
+            kept.with_suffix(".part").write_text(json.dumps(row))
+            kept.with_suffix(".part").replace(kept)
+        yield row, False
+
+
+def _fingerprint(request: Request) -> str:
+    """Of all that a row depends on: the request, the code, the compilers."""
+    digest = hashlib.sha256(json.dumps([to_dict(request.config), request.named], sort_keys=True).encode())
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.read_bytes())
+    for name in COMPILERS:
+        try:
+            digest.update(f"{name} {importlib.metadata.version(name)}".encode())
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return digest.hexdigest()[:32]
+
+
+def _compile(request: Request, limits: Limits) -> Row:
+    """In a process of its own, which is ended where it takes more time or memory than it may."""
+    environment = os.environ | targets.environment(request.target) | {"PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    asked = json.dumps({"config": to_dict(request.config), **request.named})
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complained:
+        command = [sys.executable, "-m", "svdp_jax.plan.child"]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=complained, text=True, env=environment, start_new_session=True)
+        try:
+            process.stdin.write(asked)
+            process.stdin.close()
+            ended = _watch(process, limits)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        for stream in said, complained:
+            stream.seek(0)
+        output, errors = said.read(), complained.read()
+    if ended or process.returncode:
+        last = (errors.strip().splitlines() or ["it said nothing"])[-1]
+        return request.named | {"fits": None, "reason": ended or f"the compiler ended with status {process.returncode}: {last[:300]}", "ended": True}
+    row = json.loads(output.splitlines()[-1])
+    return row | {"warnings": [line.strip()[:500] for line in errors.splitlines() if SPILLED in line]}
+
+
+def _watch(process: subprocess.Popen, limits: Limits) -> str | None:
+    """Waits for the process; why it was not waited for any longer."""
+    begun = time.monotonic()
+    while process.poll() is None:
+        if time.monotonic() - begun > limits.seconds:
+            return f"the compiler was ended after {limits.seconds:.0f} s (--seconds)"
+        if (held := _resident(process.pid)) > limits.memory * 1e9:
+            return f"the compiler was ended at {held / 1e9:.1f} GB of this machine's memory (--memory)"
+        time.sleep(0.2)
+    return None
+
+
+def _resident(pid: int) -> int:
+    """Bytes of memory that a process has; 0 where the system does not tell."""
+    try:
+        return int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        return 0

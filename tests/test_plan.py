@@ -1,0 +1,238 @@
+"""The plan: what it reads from a compiled program against what theory says of it, its rows, and what it says to users."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from svdp_jax.config import ConfigError, load_config
+from svdp_jax.plan import __main__ as plan
+from svdp_jax.plan import advice, costs, hlo, picture, programs, rows, targets
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = ROOT / "configs" / "tiny.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "count", "groups", "topology"),
+    [
+        ("v5p:2x2x2", "tpu", 8, 1, "v5p:2x2x2"),
+        ("2xv5e:8x8", "tpu", 128, 2, "v5e:8x8"),
+        ("h100x1", "cuda", 1, 1, "1x1x1"),
+        ("h200x16", "cuda", 16, 2, "2x1x8"),
+        ("cpu:8", "cpu", 8, 1, "8"),
+    ],
+)
+def test_a_target_is_read_from_its_name(name, platform, count, groups, topology):
+    target = targets.parse(name)
+    assert (target.platform, target.count, target.groups, target.topology) == (platform, count, groups, topology)
+
+
+@pytest.mark.parametrize("name", ["v5p", "v9p:2x2", "h100x12", "h100x0", "cpu:0", "0xv5e:8x8", "a100x8", "v5e:0x4"])
+def test_a_target_that_does_not_exist_is_one_line(name):
+    with pytest.raises(ConfigError, match=f"--target {name}: there is v5p:2x2x2"):
+        targets.parse(name)
+
+
+# ---------------------------------------------------------------------------------------------------- what is read from a program
+
+
+def compiled(function, *arguments) -> hlo.Module:
+    return hlo.Module(jax.jit(function).lower(*arguments).compile().as_text())
+
+
+def counted(module: hlo.Module) -> float:
+    return sum(module.flops(where, op) * times for where, op, times in module.walk())
+
+
+def test_products_count_two_for_each_multiplication():
+    a, b = jnp.ones((6, 32, 40)), jnp.ones((6, 40, 24))
+    assert counted(compiled(jnp.matmul, a, b)) == 2 * 6 * 32 * 40 * 24
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    weights = jnp.ones((7, 32, 32))
+    looped = lambda x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+    assert counted(compiled(looped, jnp.ones((16, 32)))) == 7 * 2 * 16 * 32 * 32
+
+
+def test_padding_of_a_convolution_is_no_work():
+    x, kernel = jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
+    function = lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    assert counted(compiled(function, x, kernel)) == 2 * (8 * 3 - 2) ** 2 * 3 * 5
+
+
+def test_what_is_moved_is_what_goes_in_and_comes_out():
+    module = compiled(lambda x, y: jnp.tanh(x) * y + 1, jnp.ones((64, 64)), jnp.ones((64, 64)))
+    assert sum(module.moved(where, op) * times for where, op, times in module.walk()) == 3 * 64 * 64 * 4
+
+
+FUSED = """
+%fused (param_0: f32[8,64], param_1: f32[8,64]) -> f32[8,16] {
+  %param_0 = f32[8,64]{1,0} parameter(0)
+  %param_1 = f32[8,64]{1,0} parameter(1)
+  %add.1 = f32[8,64]{1,0} add(%param_0, %param_1)
+  ROOT %slice.1 = f32[8,16]{1,0} slice(%add.1), slice={[0:8], [0:16]}
+}
+
+ENTRY %main (a: f32[8,64], b: f32[8,64]) -> f32[8,16] {
+  %a = f32[8,64]{1,0:T(8,128)} parameter(0)
+  %b = f32[8,64]{1,0:T(8,128)} parameter(1)
+  ROOT %fusion = f32[8,16]{1,0:T(8,128)} fusion(%a, %b), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_of_an_array_that_is_sliced_in_a_fusion_the_slice_is_moved():
+    module = hlo.Module(FUSED)
+    ((where, op, times),) = module.walk()
+    assert module.moved(where, op) == 3 * 8 * 16 * 4 and times == 1
+
+
+def test_a_text_without_an_entry_is_refused():
+    with pytest.raises(ValueError, match="nothing is marked ENTRY"):
+        hlo.Module("HloModule nothing")
+
+
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes", "devices"),
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", ("tensor",), 2),
+        ("replica_groups=[4,2]<=[2,2,2]T(0,2,1)", ("fsdp",), 2),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", ("data", "fsdp"), 4),
+        ("replica_groups={}", ("data", "fsdp", "tensor"), 8),
+        ("source_target_pairs={{0,4},{4,0},{1,5},{5,1}}", ("data",), 2),
+    ],
+)
+def test_groups_of_devices_are_axes_of_the_mesh(groups, axes, devices):
+    op = hlo.Op("x", "all-reduce", (), (), f", {groups}, use_global_device_ids=true", False)
+    assert hlo.axes_of(op, MESH) == (axes, devices)
+
+
+def test_seconds_are_those_of_the_slowest_network_on_the_way():
+    device = targets.DEVICES["v5e"]
+    of = lambda kind, axes, devices, groups=1: costs._seconds(costs.Collective(kind, axes, devices, "bf16", 10**9, 1), device, groups)
+    assert of("all-gather", ("fsdp",), 4) == pytest.approx(0.75 / device.link)
+    assert of("all-reduce", ("fsdp",), 4) == pytest.approx(1.5 / device.link)
+    assert of("all-reduce", ("data",), 2, groups=2) == pytest.approx(1 / device.network)
+    assert of("all-reduce", ("fsdp",), 2, groups=2) == pytest.approx(1 / device.link), "fsdp stays within a slice"
+
+
+# ------------------------------------------------------------------------------------------------------------------- whole rows
+
+
+@pytest.mark.parametrize(
+    ("strategy", "mesh"),
+    [
+        ("dp", {"data": 8, "fsdp": 1, "context": 1, "tensor": 1}),
+        ("fsdp", {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}),
+        ("fsdp_context:4", {"data": 2, "fsdp": 1, "context": 4, "tensor": 1}),
+        ("fsdp_context_tensor", {"data": 2, "fsdp": 1, "context": 2, "tensor": 2}),
+    ],
+)
+def test_between_two_groups_only_data_travels(strategy, mesh):
+    config = programs.config_for(load_config(TINY), strategy, count=8, groups=2, program="train", batch=1, remat="none")
+    assert {axis: getattr(config.mesh, axis) for axis in mesh} == mesh and config.train.batch == 8
+
+
+@pytest.fixture(scope="module")
+def row(tmp_path_factory):
+    """Of the tests' config on four virtual devices, and the same again."""
+    request = rows.Request(load_config(TINY), targets.parse("cpu:4"), "fsdp", "train", 1, "none")
+    cache = tmp_path_factory.mktemp("plan")
+    (first,) = rows.fill([request], limits=rows.Limits(), cache=cache)
+    (again,) = rows.fill([request], limits=rows.Limits(), cache=cache)
+    assert not first[1] and again == (first[0], True)
+    return first[0]
+
+
+def test_arguments_are_the_shards_of_all_leaves(row):
+    memory = row["memory"]
+    parts = sum(memory[name] for name in ("parameters", "optimizer", "ema", "batch", "autoencoder", "constants"))
+    assert memory["arguments"] == pytest.approx(parts, rel=0.01)
+    assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=0.01) and memory["ema"] == memory["parameters"]
+
+
+def test_operations_are_the_counted_ones(row):
+    assert row["flops"] == pytest.approx(row["model_flops"], rel=0.05), "but for the autoencoder, which the model's count leaves out"
+
+
+def test_fsdp_sends_over_fsdp_alone(row):
+    assert {tuple(collective["axes"]) for collective in row["collectives"]} == {("fsdp",)}
+    assert {"all-gather", "all-reduce"} <= {collective["kind"] for collective in row["collectives"]}
+    assert row["fits"] is None and not row["seconds"], "virtual devices have no limits and no speed"
+
+
+def test_a_compilation_that_takes_too_long_is_a_row_with_its_reason(tmp_path):
+    request = rows.Request(load_config(TINY), targets.parse("cpu:2"), "dp", "train", 1, "none")
+    ((row, kept),) = rows.fill([request], limits=rows.Limits(seconds=1), cache=tmp_path)
+    assert "ended after 1 s" in row["reason"] and row["fits"] is None and not kept
+    assert not list(tmp_path.glob("*.json")), "another time it may have longer"
+
+
+def test_what_cannot_be_laid_out_is_a_row_with_its_reason(tmp_path):
+    request = rows.Request(load_config(TINY), targets.parse("cpu:3"), "fsdp", "train", 1, "none")
+    ((row, _),) = rows.fill([request], limits=rows.Limits(), cache=tmp_path)
+    assert "does not divide" in row["reason"]
+
+
+# ------------------------------------------------------------------------------------------------------------------ what is said
+
+
+def made_up(strategy, *, total, step=1.0, remat="none", **others):
+    seconds = {"compute": step, "matrix": step, "memory": step / 2, "interconnect": step / 4, "step": step}
+    memory = {"parameters": total / 4, "optimizer": total / 2, "ema": total / 8, "temporaries": total / 8, "total": total}
+    limit = targets.DEVICES["v5e"].memory * 1e9
+    row = {"target": "v5e:2x4", "strategy": strategy, "remat": remat, "program": "train", "batch": 1, "mesh": {"data": 1, "fsdp": 8}, "limit": limit}
+    row |= {"fits": total <= limit, "memory": memory, "seconds": seconds, "flops": 1e14, "mfu": 0.5, "compile_seconds": 9, "collectives": [], "warnings": []}
+    return row | others
+
+
+def test_the_fastest_that_fits_is_best_and_what_does_not_fit_lacks_so_much():
+    given = [made_up("dp", total=40e9), made_up("fsdp", total=9e9, step=2.0), made_up("fsdp_tensor", total=8e9, step=1.5)]
+    ranked = advice.ranked(given)
+    assert [row["strategy"] for row in ranked] == ["fsdp_tensor", "fsdp", "dp"]
+    best, lacking = advice.told(targets.parse("v5e:2x4"), ranked)
+    assert best == "Best: fsdp_tensor, the shortest step of 2 that fit: 1.500 s, bound by products and memory, 8.9 GB to spare."
+    assert lacking == "dp does not fit, by 23.1 GB; fsdp_tensor does."
+
+
+def test_the_smallest_change_that_fits_is_that_of_rematerialisation():
+    given = [made_up("dp", total=40e9), made_up("dp", total=9e9, step=3.0, remat="full"), made_up("fsdp", total=9e9)]
+    assert "dp with remat none does not fit, by 23.1 GB; dp with remat full does." in advice.told(targets.parse("v5e:2x4"), advice.ranked(given))
+
+
+def test_a_picture_shows_all_rows(tmp_path):
+    picture.draw([made_up("dp", total=40e9), made_up("fsdp", total=9e9)], tmp_path / "rows.png")
+    assert (tmp_path / "rows.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--target", "h100x12"], "h100x12: there is"),
+        (["--target", "cpu:2", "--strategies", "zero3"], "--strategies zero3: there is dp, fsdp"),
+        (["--target", "cpu:2", "--strategies", "fsdp:4"], "--strategies fsdp:4"),
+        (["--target", "cpu:2", "--remat", "some"], "--remat some: there is none, full"),
+        (["--target", "cpu:2", "--batch-per-device", "0"], "must be at least 1"),
+        ([], "--target"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_compiled(python, flags, said):
+    done = python("-m", "svdp_jax.plan", "--config", TINY, *flags)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and said in done.stderr
+
+
+def test_json_has_the_rows_and_the_terminal_a_table(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(rows, "fill", lambda requests, limits: [(made_up(request.strategy, total=9e9), True) for request in requests])
+    monkeypatch.setattr("sys.argv", ["plan", "--config", str(TINY), "--target", "cpu:8", "--strategies", "dp,fsdp", "--json", str(tmp_path / "rows.json")])
+    monkeypatch.setattr(targets, "parse", lambda _: targets.Target("v5e:2x4", "cpu", "v5e", 8, 1, "v5e:2x4"))
+    plan.main()
+    assert [row["strategy"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]] == ["dp", "fsdp"]
+    assert "Best: dp" in capsys.readouterr().out
+
