@@ -20,7 +20,7 @@ def draw(rows: list[Row], path: pathlib.Path) -> None:
     shown = [row for row in rows if "compile_seconds" in row][::-1]
     if not shown:
         raise ConfigError("--plot: no row was compiled")
-    figure = Figure(figsize=(13, 1.6 + 0.42 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(13, 2.2 + 0.42 * len(shown)), layout="constrained")
     memory, time = figure.subplots(1, 2, sharey=True)
     names = [f"{row['target']}  {row['strategy']}  {row['remat']}" for row in shown]
     left = [0.0] * len(shown)
@@ -33,11 +33,11 @@ def draw(rows: list[Row], path: pathlib.Path) -> None:
         if row["limit"]:
             memory.plot([row["limit"] / 1e9] * 2, [place - 0.45, place + 0.45], color="black", linewidth=2, label="a device has" if place == 0 else None)
     memory.set_xlabel("GB on a device")
-    memory.legend(fontsize=8, loc="lower right")
+    memory.legend(fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     height = 0.8 / len(TIMES)
     for number, (name, colour) in enumerate(TIMES.items()):
         places = [place + 0.4 - (number + 0.5) * height for place in range(len(shown))]
         time.barh(places, [row["seconds"].get(name, 0) for row in shown], height=height, color=colour, label=name)
     time.set_xlabel("seconds of a step, at least")
-    time.legend(fontsize=8, loc="lower right")
+    time.legend(fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     figure.savefig(path, dpi=110)
