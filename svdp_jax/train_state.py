@@ -165,7 +165,7 @@ def loss_fn(
     x0 = per_frame(encode_sample)(batch.target, draws.latent)
     history = per_frame(encode)(batch.history) if with_history else None
     conditions = Conditions(
-        source=encode(batch.source),
+        source=per_frame(encode)(batch.source[:, None])[:, 0],
         driving=per_frame(encode)(batch.driving),
         history=history if draws.history is None else history + draws.history,
         level=draws.level,

@@ -105,6 +105,8 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2}
         ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", ("tensor",), 2),
         ("replica_groups=[4,2]<=[2,2,2]T(0,2,1)", ("fsdp",), 2),
         ("replica_groups=[2,4]<=[4,2]T(1,0)", ("data", "fsdp"), 4),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}", ("tensor",), 2),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}", ("data", "tensor"), 4),
         ("replica_groups={}", ("data", "fsdp", "tensor"), 8),
         ("source_target_pairs={{0,4},{4,0},{1,5},{5,1}}", ("data",), 2),
     ],
@@ -112,6 +114,12 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 def test_groups_of_devices_are_axes_of_the_mesh(groups, axes, devices):
     op = hlo.Op("x", "all-reduce", (), (), f", {groups}, use_global_device_ids=true", False)
     assert hlo.axes_of(op, MESH) == (axes, devices)
+
+
+def test_groups_that_cannot_be_read_are_not_guessed():
+    op = hlo.Op("x", "all-reduce", (), (), ", replica_groups=mesh['axis_0'=8] {'axis_0':(2)2}, use_global_device_ids=true", False)
+    with pytest.raises(ValueError, match="a form that is not known here"):
+        hlo.axes_of(op, MESH)
 
 
 def test_seconds_are_those_of_the_slowest_network_on_the_way():

@@ -201,7 +201,17 @@ def _groups(text: str, count: int) -> list[list[int]]:
         return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape).tolist()
     if listed := re.search(r"replica_groups=\{\{(.*?)\}\}", text):
         return [[int(n) for n in group.split(",")] for group in listed[1].split("},{")]
-    return [list(range(count))]
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):  # axes of the compiler's own mesh
+        sizes = {name: int(size) for name, size in re.findall(r"('\w+')=(\d+)", named[1])}
+        crossed = named[2].split(",")
+        if math.prod(sizes.values()) == count and set(crossed) <= set(sizes):
+            kept = [place for place, name in enumerate(sizes) if name not in crossed]
+            moved = [list(sizes).index(name) for name in crossed]
+            grid = np.arange(count).reshape(list(sizes.values())).transpose(kept + moved)
+            return grid.reshape(-1, math.prod(sizes[name] for name in crossed)).tolist()
+    if "replica_groups={}" in text or "replica_groups" not in text:
+        return [list(range(count))]
+    raise ValueError(f"groups of devices in a form that is not known here: {text[text.index('replica_groups') :][:120]}")
 
 
 def _operands(rest: str) -> tuple[str, str]:
