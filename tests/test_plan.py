@@ -107,6 +107,7 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2}
         ("replica_groups=[2,4]<=[4,2]T(1,0)", ("data", "fsdp"), 4),
         ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}", ("tensor",), 2),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}", ("data", "tensor"), 4),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=2,'axis_3'=2], device_ids=([2,2,2]T(0,2,1)) {'axis_2'}", ("tensor",), 2),
         ("replica_groups={}", ("data", "fsdp", "tensor"), 8),
         ("source_target_pairs={{0,4},{4,0},{1,5},{5,1}}", ("data",), 2),
     ],

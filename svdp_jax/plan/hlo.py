@@ -196,22 +196,24 @@ def axes_of(op: Op, mesh: dict[str, int]) -> tuple[tuple[str, ...], int]:
 
 def _groups(text: str, count: int) -> list[list[int]]:
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, dims = ([int(n) for n in iota[k].split(",")] for k in (1, 2))
-        order = [int(n) for n in iota[3].split(",")] if iota[3] else range(len(dims))
-        return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape).tolist()
+        return _iota(iota[2], iota[3]).reshape([int(n) for n in iota[1].split(",")]).tolist()
     if listed := re.search(r"replica_groups=\{\{(.*?)\}\}", text):
         return [[int(n) for n in group.split(",")] for group in listed[1].split("},{")]
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):  # axes of the compiler's own mesh
-        sizes = {name: int(size) for name, size in re.findall(r"('\w+')=(\d+)", named[1])}
-        crossed = named[2].split(",")
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", text):  # axes of the compiler's own mesh
+        sizes, crossed = {name: int(size) for name, size in re.findall(r"('\w+')=(\d+)", named[1])}, named[4].split(",")
         if math.prod(sizes.values()) == count and set(crossed) <= set(sizes):
-            kept = [place for place, name in enumerate(sizes) if name not in crossed]
-            moved = [list(sizes).index(name) for name in crossed]
-            grid = np.arange(count).reshape(list(sizes.values())).transpose(kept + moved)
-            return grid.reshape(-1, math.prod(sizes[name] for name in crossed)).tolist()
+            ids = _iota(named[2] or str(count), named[3]).reshape(list(sizes.values()))
+            kept, moved = [place for place, name in enumerate(sizes) if name not in crossed], [list(sizes).index(name) for name in crossed]
+            return ids.transpose(kept + moved).reshape(-1, math.prod(sizes[name] for name in crossed)).tolist()
     if "replica_groups={}" in text or "replica_groups" not in text:
         return [list(range(count))]
     raise ValueError(f"groups of devices in a form that is not known here: {text[text.index('replica_groups') :][:120]}")
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    """0, 1, 2, .. in this shape, its axes in this order."""
+    sizes = [int(n) for n in shape.split(",")]
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose([int(n) for n in order.split(",")] if order else None)
 
 
 def _operands(rest: str) -> tuple[str, str]:
