@@ -34,6 +34,7 @@ DATA += ["shots", "stills", "streams", "synthetic", "timing", "video"]
 install_import_hook([f"svdp_jax.{name}" for name in TOP] + [f"svdp_jax.data.{name}" for name in DATA], "typechecker.check")
 
 import sd35  # noqa: E402
+from prepared import straight, videos  # noqa: E402, F401  fixtures
 
 from svdp_jax import checkpoint  # noqa: E402
 from svdp_jax.data import clips, detectors, synthetic, video  # noqa: E402

@@ -32,7 +32,7 @@ def layout(strategy, sizes=None):
 def abstract_state(name):
     """Shapes and axis names of a run's whole state: the paper's, or the tests'."""
     config = Config() if name == "full" else load_config("configs/tiny.py")
-    return jax.eval_shape(lambda: train_state.init_state(config, train_state.init_params(config, jax.random.key(0))))
+    return jax.eval_shape(lambda: train_state.new_state(config, jax.random.key(0)))
 
 
 def boxed(array, *names):

@@ -255,7 +255,7 @@ def test_a_step_of_the_full_model_keeps_shapes_and_types(with_history):
     constants = abstract_inputs(config.model, batch=2, frames=frames, history=history, height=size // 8, width=size // 8)[3]
     empty = jnp.zeros((1, 64, 64, 3))
     autoencoder = jax.eval_shape(lambda key: nn.meta.unbox(make_autoencoder(config.autoencoder).init(key, empty)["params"]), jax.random.key(0))
-    state = jax.eval_shape(lambda key: nn.meta.unbox(train_state.init_state(config, train_state.init_params(config, key))), jax.random.key(0))
+    state = jax.eval_shape(lambda key: nn.meta.unbox(train_state.new_state(config, key)), jax.random.key(0))
 
     step = functools.partial(train_state.train_step, config, with_history=with_history)
     after, metrics = jax.eval_shape(step, state, batch, autoencoder, constants, jax.random.key(0))

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any, NamedTuple
 
+from svdp_jax.peaks import Device
 from svdp_jax.plan import hlo
-from svdp_jax.plan.targets import Device
 
 
 class Collective(NamedTuple):

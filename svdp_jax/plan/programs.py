@@ -79,18 +79,18 @@ LOWER = {"train": lower_train, "sample": lower_sample}
 
 def config_for(config: Config, strategy: str, *, count: int, groups: int, program: str, batch: int, remat: str) -> Config:
     """The config on `count` devices in `groups`, with `batch` samples per device; `strategy` is a name of `sharding.STRATEGIES` and, behind colons, the
-    sizes of its inner axes (context, tensor; 2 each unless given): `fsdp_context:4`, `fsdp_context_tensor:4:2`."""
-    name, *sizes = strategy.split(":")
-    inner = [axis for axis in ("context", "tensor") if axis in name]
-    given = dict(zip(inner, map(int, sizes), strict=False))
-    mesh = {axis: given.get(axis, 2) for axis in inner}
+    sizes of its inner axes (context, tensor; 2 each unless given): `fsdp_context:4`, `fsdp_context_tensor:4:2`. For sampling, devices share frames, whatever it is."""
     if program == "sample":
-        mesh, name = {"context": count}, "fsdp_context"
-    outer = count // math.prod(mesh.values())
-    shared = "fsdp" if "fsdp" in name and program == "train" else "data"
-    mesh |= {"data": groups, "fsdp": outer // groups} if shared == "fsdp" else {"data": outer}
+        mesh = MeshConfig(context=count, strategy="fsdp_context")
+    else:
+        name, *sizes = strategy.split(":")
+        inner = {axis: 2 for axis in ("context", "tensor") if axis in name}
+        inner |= dict(zip(inner, map(int, sizes), strict=False))
+        outer = count // math.prod(inner.values())
+        shared = {"data": groups, "fsdp": outer // groups} if "fsdp" in name else {"data": outer}
+        mesh = MeshConfig(**shared, **inner, strategy=name)
     train = dataclasses.replace(config.train, batch=batch * count, remat=remat)
-    return dataclasses.replace(config, mesh=MeshConfig(**mesh, strategy=name), train=train)
+    return dataclasses.replace(config, mesh=mesh, train=train)
 
 
 def _frozen(config: Config, layout: Layout) -> tuple[Any, Constants]:

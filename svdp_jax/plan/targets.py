@@ -1,4 +1,4 @@
-"""What can be compiled for: names of targets, and what their devices can do.
+"""What can be compiled for: names of targets, and the compilers of their devices.
 
     v5p:2x2x2, v5e:8x8, v6e:4x4    a TPU slice by its topology; 2xv5e:8x8 is two slices
     h100x8, h200x16                GPUs, in hosts of 8
@@ -14,31 +14,12 @@ import re
 from typing import Any, Literal, NamedTuple
 
 from svdp_jax.config import ConfigError
+from svdp_jax.peaks import DEVICES, Device
 
 GPUS_PER_HOST = 8
 
 
-class Device(NamedTuple):
-    """What one device can do at most, from its maker's public data sheet."""
-
-    tflops: float  # dense bfloat16 products, TFLOP/s
-    memory: float  # GB a program may fill
-    bandwidth: float  # of its memory, GB/s
-    link: float  # GB/s that one device sends along one mesh axis within a slice or host
-    network: float  # GB/s that one device sends between slices or hosts
-
-
-# TPUs: cloud.google.com/tpu/docs, one page per version. `link` is two of a torus's links, one each way, of the four (v5e, v6e) or six (v5p) that
-# share the chip's interconnect: what a mesh axis has that lies on one axis of the torus. `memory` as XLA's compiler limits it.
-# GPUs: NVIDIA's H100 and H200 SXM data sheets. `link` is NVLink 4 in one direction, `network` one 400 Gb/s adapter per GPU; `memory` leaves 5% to the
-# runtime.
-DEVICES = {
-    "v5e": Device(tflops=197, memory=16.9, bandwidth=819, link=100, network=3.1),
-    "v5p": Device(tflops=459, memory=102.8, bandwidth=2765, link=200, network=6.25),
-    "v6e": Device(tflops=918, memory=33.5, bandwidth=1640, link=200, network=12.5),
-    "h100": Device(tflops=989, memory=80.7, bandwidth=3352, link=450, network=50),
-    "h200": Device(tflops=989, memory=143.2, bandwidth=4800, link=450, network=50),
-}
+PLANNED = {name: device for name, device in DEVICES.items() if device.memory}
 
 _GPU = """
 gpu_device_info {{
@@ -63,7 +44,7 @@ class Target(NamedTuple):
 
     name: str
     platform: Literal["tpu", "cuda", "cpu"]
-    kind: str  # of device: a name in DEVICES; "cpu"
+    kind: str  # of device: a name in peaks.DEVICES; "cpu"
     count: int  # devices, in all
     groups: int  # TPU slices or hosts of GPUs, between which the network is slow
     topology: str  # of one group, for the compiler
@@ -71,18 +52,18 @@ class Target(NamedTuple):
     @property
     def device(self) -> Device | None:
         """What a device can do; None for virtual ones."""
-        return DEVICES.get(self.kind)
+        return PLANNED.get(self.kind)
 
 
 def parse(name: str) -> Target:
     """The target of this name; ConfigError, with what there is, for one that does not exist."""
     if match := re.fullmatch(r"(?:(\d+)x)?(v\d[ep]):(\d+(?:x\d+)+)", name):
         slices, kind, topology = int(match[1] or 1), match[2], match[3]
-        if kind in DEVICES and slices > 0 and (chips := math.prod(map(int, topology.split("x")))):
+        if kind in PLANNED and slices > 0 and (chips := math.prod(map(int, topology.split("x")))):
             return Target(name, "tpu", kind, slices * chips, slices, f"{kind}:{topology}")
     if match := re.fullmatch(r"(h\d00)x(\d+)", name):
         kind, count = match[1], int(match[2])
-        if kind in DEVICES and count and (count <= GPUS_PER_HOST or count % GPUS_PER_HOST == 0):
+        if kind in PLANNED and count and (count <= GPUS_PER_HOST or count % GPUS_PER_HOST == 0):
             hosts = max(count // GPUS_PER_HOST, 1)
             return Target(name, "cuda", kind, count, hosts, f"{hosts}x1x{count // hosts}")
     if (match := re.fullmatch(r"cpu:(\d+)", name)) and int(match[1]):
