@@ -11,7 +11,10 @@ import sys
 import time
 from typing import Any
 
+import jax
+
 from svdp_jax.config import Config, ConfigError, from_dict
+from svdp_jax.files import one_line
 from svdp_jax.plan import costs, programs, targets
 
 NEEDS = re.compile(r"(?:total memory required|Used) .*?([\d.]+)([GM])")
@@ -32,21 +35,23 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         begun = time.perf_counter()
         compiled = program.lowered.compile()
     except (ConfigError, ValueError) as problem:
-        return row | {"fits": None, "reason": " ".join(str(problem).split())}
+        return row | {"fits": None, "reason": one_line(problem)}
     except Exception as problem:  # of the compiler, which has its own for each device
-        said = " ".join(str(problem).split())
+        said = one_line(problem)
         return row | {"fits": False if "RESOURCE_EXHAUSTED" in said else None, "reason": said[:500], "memory": {"needed": _needed(said)}}
-    seconds = time.perf_counter() - begun
-    memory = compiled.memory_analysis()
+    return row | {"compile_seconds": time.perf_counter() - begun} | _read(compiled, program, target)
+
+
+def _read(compiled: jax.stages.Compiled, program: programs.Program, target: targets.Target) -> dict[str, Any]:
+    """What a compiled program says of memory and costs; where the device is a real one, whether it fits, and the MFU at most."""
+    memory, asked = compiled.memory_analysis(), program.flops / target.count
     found = costs.of(compiled.as_text(), program.mesh or {"data": 1}, target.device, groups=target.groups)
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     held = program.held | {"temporaries": total - memory.argument_size_in_bytes, "arguments": memory.argument_size_in_bytes, "total": total}
-    row |= {"memory": held, "model_flops": program.flops / target.count, "compile_seconds": seconds, **costs.summary(found)}
+    row = {"memory": held, "model_flops": asked, "limit": None, "fits": None, "mfu": None, **costs.summary(found)}
     if target.device:
         limit = target.device.memory * 1e9
-        row |= {"limit": limit, "fits": total <= limit, "mfu": program.flops / target.count / (target.device.tflops * 1e12) / found.seconds["step"]}
-    else:
-        row |= {"limit": None, "fits": None, "mfu": None}
+        row |= {"limit": limit, "fits": total <= limit, "mfu": asked / (target.device.tflops * 1e12) / found.seconds["step"]}
     return row
 
 
