@@ -20,13 +20,13 @@ from jaxtyping import Array, Float32, Key, UInt8
 
 from svdp_jax import sampler, train_state
 from svdp_jax.config import Config, SampleConfig
-from svdp_jax.models.autoencoder import make_autoencoder, to_bytes, to_unit
+from svdp_jax.models.autoencoder import by_parts, make_autoencoder, to_bytes, to_unit
+from svdp_jax.models.transformer import computing_type
 from svdp_jax.sharding import Layout
 from svdp_jax.stopwatch import Stopwatch
 from svdp_jax.types import Frozen
 
 CODED_AT_ONCE = 2  # frames that go through the autoencoder together: its activations are large
-FLOAT32_PARTS = ("time", "pooled", "frame_encoding", "q_norm", "k_norm")  # of the network: what is computed in float32, whatever its dtype
 
 Item = TypeVar("Item")
 
@@ -110,7 +110,7 @@ def _coded(autoencoder: nn.Module, layout: Layout | None, method: str, params: A
         return to_bytes(autoencoder.apply({"params": params}, x, method="decode"))
 
     def some(x: Array) -> Array:
-        flat = jax.lax.map(one, x.reshape(-1, *x.shape[2:]), batch_size=CODED_AT_ONCE)
+        flat = by_parts(one, x.reshape(-1, *x.shape[2:]), at_once=CODED_AT_ONCE)
         return flat.reshape(*x.shape[:2], *flat.shape[1:])
 
     return layout.per_frame(some)(x) if layout else some(x)
@@ -122,8 +122,7 @@ def abstract_weights(config: Config, where: Layout | jax.Device) -> Any:
     place = where.whole if isinstance(where, Layout) else jax.sharding.SingleDeviceSharding(where)
 
     def of(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        wide = {getattr(entry, "key", None) for entry in path} & set(FLOAT32_PARTS)
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if wide else config.model.dtype, sharding=place)
+        return jax.ShapeDtypeStruct(leaf.shape, computing_type(config.model, path), sharding=place)
 
     return jax.tree_util.tree_map_with_path(of, train_state.abstract_params(config))
 

@@ -13,19 +13,21 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
 from svdp_jax import flow
 from svdp_jax.config import Config, TrainConfig
 from svdp_jax.models import tokens
-from svdp_jax.models.autoencoder import make_autoencoder, to_unit
+from svdp_jax.models.autoencoder import by_parts, make_autoencoder, to_unit
 from svdp_jax.models.layers import COMPILER
-from svdp_jax.models.transformer import Transformer, abstract_inputs
+from svdp_jax.models.transformer import Transformer, abstract_inputs, in_computing_types
 from svdp_jax.sharding import Layout, abstract, shardings_of
 from svdp_jax.types import Batch, Conditions, Constants, Frozen
 
 NEW_PARAMETERS = ("temporal", "frame_encoding")  # absent from the pretrained model
+PIXELS_AT_ONCE = 6 * 576**2  # of frames that go through the autoencoder together
 NOISE_LEVELS = 5  # equal parts of t, 0 to 1, for which the loss is told apart
 
 Metrics = dict[str, Array]
@@ -146,6 +148,24 @@ def draw(config: Config, samples: int, key: Key[Array, ""], *, with_history: boo
     )
 
 
+def encode(config: Config, autoencoder: Any, batch: Batch, draws: Draws, *, with_history: bool, layout: Layout | None = None) -> tuple[Float[Array, "B F h w C"], Conditions]:
+    """Latents of the target, drawn from their distribution, and the conditions; all frames go through one loop over the autoencoder."""
+    encoder = make_autoencoder(config.autoencoder, dtype=config.model.dtype)
+    streams = [batch.target, batch.source[:, None], batch.driving, *[batch.history] * with_history]
+    frames = jnp.concatenate(streams, axis=1)
+    noise = jnp.pad(draws.latent, ((0, 0), (0, frames.shape[1] - draws.latent.shape[1]), *[(0, 0)] * 3))  # conditions are the mode
+
+    def some(frames, noise):
+        apply = lambda frames, noise: encoder.apply({"params": autoencoder}, to_unit(frames), noise, method="encode")
+        flat = by_parts(apply, *(x.reshape(-1, *x.shape[2:]) for x in (frames, noise)), at_once=max(PIXELS_AT_ONCE // config.data.size**2, 1))
+        return flat.reshape(*frames.shape[:2], *flat.shape[1:])
+
+    latents = (layout.per_frame(some) if layout else some)(frames, noise)
+    x0, source, driving, *history = jnp.split(latents, np.cumsum([stream.shape[1] for stream in streams])[:-1], axis=1)
+    past = history[0] if history else None
+    return x0, Conditions(source[:, 0], driving, past if draws.history is None else past + draws.history, draws.level)
+
+
 def loss_fn(
     config: Config, params: Any, batch: Batch, draws: Draws, autoencoder: Any, constants: Constants, *, with_history: bool, layout: Layout | None = None
 ) -> tuple[Float[Array, ""], Metrics]:
@@ -153,25 +173,9 @@ def loss_fn(
 
     `with_history`: the second stage. The first compiles without history, at less cost. `layout`: of the mesh; None is one device.
     """
-    encoder = make_autoencoder(config.autoencoder, dtype=config.model.dtype)
-
-    def encode(frames):
-        return encoder.apply({"params": autoencoder}, to_unit(frames), method="encode")
-
-    def encode_sample(frames, noise):
-        return encoder.apply({"params": autoencoder}, to_unit(frames), noise, method="encode")
-
-    per_frame = layout.per_frame if layout else lambda function: function
-    x0 = per_frame(encode_sample)(batch.target, draws.latent)
-    history = per_frame(encode)(batch.history) if with_history else None
-    conditions = Conditions(
-        source=per_frame(encode)(batch.source[:, None])[:, 0],
-        driving=per_frame(encode)(batch.driving),
-        history=history if draws.history is None else history + draws.history,
-        level=draws.level,
-    )
+    x0, conditions = encode(config, autoencoder, batch, draws, with_history=with_history, layout=layout)
     output = make_transformer(config, training=True, layout=layout).apply(
-        {"params": params}, flow.interpolate(x0, draws.noise, draws.t), draws.t, conditions, constants
+        {"params": in_computing_types(config.model, params)}, flow.interpolate(x0, draws.noise, draws.t), draws.t, conditions, constants
     )
     losses = flow.loss_per_sample(output, flow.target(x0, draws.noise, config.model.prediction))
     by_noise = jax.nn.one_hot((draws.t * NOISE_LEVELS).astype(jnp.int32).clip(max=NOISE_LEVELS - 1), NOISE_LEVELS)

@@ -224,6 +224,19 @@ def test_linear_improves_with_channels_and_is_the_best_projection():
     np.testing.assert_allclose(errors[2], np.sqrt(variances[12:].sum() / 48), rtol=1e-4)
 
 
+@pytest.mark.parametrize(("count", "at_once", "seen"), [(7, 3, 3), (7, 4, 4), (6, 3, 3), (3, 4, 3), (1, 1, 1)])
+def test_frames_go_through_in_equal_parts(count, at_once, seen):
+    sizes = []
+
+    def function(x, y):
+        sizes.append(len(x))
+        return jnp.stack([2 * x, x + y], axis=-1)
+
+    x, y = jnp.arange(1.0, count + 1), jnp.full(count, 0.5)
+    np.testing.assert_array_equal(autoencoder.by_parts(function, x, y, at_once=at_once), jnp.stack([2 * x, x + y], axis=-1))
+    assert set(sizes) == {seen}
+
+
 def test_linear_fit_is_deterministic():
     frames = pictures(40)
     one, other = (np.asarray(fit_linear(LINEAR, order)["components"]) for order in (frames, frames[::-1]))

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
-from tiny_network import TINY, fresh_params, redrawn
+from tiny_network import TINY, assert_close, fresh_params, redrawn
 
 from svdp_jax import train_state
-from svdp_jax.config import Config, LevelConfig, TrainConfig
-from svdp_jax.models.autoencoder import make_autoencoder
+from svdp_jax.config import AutoencoderConfig, Config, LevelConfig, TrainConfig
+from svdp_jax.models.autoencoder import make_autoencoder, to_unit
 from svdp_jax.models.tokens import position_table
 from svdp_jax.models.transformer import abstract_inputs
 from svdp_jax.types import Batch, Frozen
@@ -213,6 +213,24 @@ def test_noise_on_history_is_up_to_as_strong_as_asked():
     assert 0 <= spread.min() < 0.05 and 0.45 < spread.max() < 0.52 and abs(spread.mean() - 0.25) < 0.06
 
 
+KL = AutoencoderConfig(channels=(4, 4, 8), blocks=1, groups=2, latent_channels=6, scale=2.0, shift=0.25)
+
+
+@pytest.mark.parametrize("with_history", [False, True])
+def test_all_frames_go_through_the_autoencoder_in_one_loop_and_come_out_apart(setting, with_history, monkeypatch):
+    monkeypatch.setattr(train_state, "PIXELS_AT_ONCE", 5 * 32**2)  # of 2 x (4 + 1 + 4 [+ 2]) frames
+    config = dataclasses.replace(RUN, autoencoder=KL, train=dataclasses.replace(RUN.train, history_noise=0.5))
+    model, batch = make_autoencoder(KL, dtype=config.model.dtype), setting[1]
+    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 32, 32, 3)))["params"])
+    draws = train_state.draw(config, 2, jax.random.key(0), with_history=with_history)
+    one = jax.jit(lambda frames, noise=None: model.apply({"params": params}, to_unit(frames), noise, method="encode"))
+    x0, conditions = jax.jit(functools.partial(train_state.encode, config, with_history=with_history))(params, batch, draws)
+    history = one(batch.history) + draws.history if with_history else None
+    expected = one(batch.target, draws.latent), one(batch.source), one(batch.driving), history
+    assert_close((x0, *conditions[:3]), expected)
+    assert (conditions.history is not None) == with_history and (conditions.level == draws.level).all()
+
+
 def test_levels_are_drawn_as_often_as_asked():
     shares = LevelConfig(nothing=0.1, source=0.2, driving=0.3, history=0.4)
     config = dataclasses.replace(RUN, train=dataclasses.replace(RUN.train, stage2=shares), data=dataclasses.replace(RUN.data, size=8, frames=1, history=0))
@@ -221,10 +239,11 @@ def test_levels_are_drawn_as_often_as_asked():
     np.testing.assert_allclose(found, shares.probabilities, atol=5 * np.sqrt(0.25 / len(levels)))
 
 
-def test_the_loss_is_told_apart_by_noise(setting, monkeypatch):
+def test_the_loss_is_told_apart_by_noise(setting):
     state, batch, autoencoder, constants = setting
     draws = train_state.draw(RUN, 2, jax.random.key(0), with_history=True)._replace(t=jnp.array([0.05, 0.999]))
-    _, metrics = train_state.loss_fn(RUN, state.params, batch, draws, autoencoder, constants, with_history=True)
+    loss = jax.jit(functools.partial(train_state.loss_fn, RUN, with_history=True))
+    _, metrics = loss(state.params, batch, draws, autoencoder, constants)
     np.testing.assert_array_equal(metrics["samples"], [1, 0, 0, 0, 1])
     np.testing.assert_allclose(metrics["loss_sums"].sum() / 2, metrics["loss"], rtol=1e-6)
     assert metrics["loss_sums"][0] > 0 and metrics["loss_sums"][4] > 0

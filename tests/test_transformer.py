@@ -18,7 +18,7 @@ from svdp_jax.config import Config, ModelConfig
 from svdp_jax.models import parallel, tokens
 from svdp_jax.models.blocks import JointBlock, Shared, TemporalBlock
 from svdp_jax.models.layers import Modulation, layer_norm, sinusoid
-from svdp_jax.models.transformer import Transformer, layer_groups
+from svdp_jax.models.transformer import Transformer, in_computing_types, layer_groups
 from svdp_jax.types import Conditions
 
 MODEL, CONFIG = Transformer(TINY.model), TINY.model
@@ -272,12 +272,38 @@ def test_attention_is_not_done_again_where_it_is_kept(network, monkeypatch):
     assert kernels("full") == 2 * kernels("none") and kernels("attention") == kernels("none")
 
 
+def relative(got, exact):
+    """Root mean square of the error over all arrays, by that of the exact ones."""
+    square = lambda tree: sum(float(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(tree))
+    return (square(jax.tree.map(jnp.subtract, got, exact)) / square(exact)) ** 0.5
+
+
 def test_bfloat16_is_close_to_float32(network):
     output = apply(Transformer(dataclasses.replace(CONFIG, dtype="bfloat16")), *network[:5])
-    exact = network.passes[tokens.HISTORY][0]
     assert output.dtype == jnp.float32
-    error = float(jnp.sqrt(jnp.mean(jnp.square(output - exact)) / jnp.mean(jnp.square(exact))))
-    assert 1e-4 < error < 3e-2, f"relative error {error:.4f}"
+    assert 1e-4 < relative(output, network.passes[tokens.HISTORY][0]) < 3e-2
+
+
+@pytest.mark.slow
+def test_parameters_rounded_once_for_all_give_the_same_output_and_as_good_a_gradient():
+    half = dataclasses.replace(CONFIG, depth=2, dual_blocks=1, dtype="bfloat16")
+    inputs = draw_inputs(half, batch=1, frames=2)
+    params = redrawn(jax.jit(Transformer(half).init)(jax.random.key(0), *inputs)["params"])
+
+    def found(config, round=lambda config, params: params):
+        def loss(params):
+            output = Transformer(config).apply({"params": round(config, params)}, *inputs)
+            return jnp.square(output).mean(), output
+
+        (_, output), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        return output, gradient
+
+    _, exact = found(dataclasses.replace(half, dtype="float32"))
+    output, gradient = found(half)
+    output_at_once, gradient_at_once = found(half, in_computing_types)
+    assert (output_at_once == output).all()
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient_at_once))
+    assert 1e-4 < relative(gradient_at_once, exact) < 1.1 * relative(gradient, exact) < 3e-2
 
 
 def test_the_defaults_are_those_of_sd35_medium():

@@ -7,9 +7,11 @@ a multiple of `AutoencoderConfig.downsampling`, and put out float32; latents are
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
@@ -40,6 +42,19 @@ def to_unit(frames: UInt8[Array | np.ndarray, "*lead H W 3"]) -> Float[Array, "*
 def to_bytes(frames: Float[Array | np.ndarray, "*lead H W 3"]) -> UInt8[Array, "*lead H W 3"]:
     """[-1, 1] to bytes, rounded; what lies outside is clipped."""
     return jnp.clip(jnp.round((jnp.asarray(frames, jnp.float32) + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+def by_parts(function: Callable[..., Array], *arrays: Array, at_once: int) -> Array:
+    """`function` of arrays whose first axis is frames, at most `at_once` frames at a time: a loop, which holds the activations of one part, and
+    whose body is compiled once. The parts are equal; behind the last frame they are filled up with zeros, which nobody sees."""
+    count = len(arrays[0])
+    parts = -(-count // at_once)
+    if parts == 1:
+        return function(*arrays)
+    size = -(-count // parts)
+    filled = [jnp.pad(x, ((0, parts * size - count), *[(0, 0)] * (x.ndim - 1))) for x in arrays]
+    done = jax.lax.map(lambda part: function(*part), tuple(x.reshape(parts, size, *x.shape[1:]) for x in filled))
+    return done.reshape(parts * size, *done.shape[2:])[:count]
 
 
 class KLAutoencoder(nn.Module):

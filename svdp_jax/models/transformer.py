@@ -9,7 +9,7 @@ Trunk: Stable Diffusion 3.5 Medium's MMDiT-X. New: a temporal block before each 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -42,6 +42,7 @@ REMAT = {
     ),
 }
 
+FLOAT32_PARTS = ("time", "pooled", "frame_encoding", "q_norm", "k_norm")  # parameters that are computed with in float32, whatever the network's dtype
 TIME_FREQUENCIES = 128
 TIME_SCALE = 1000.0  # the network's clock, per unit of t
 
@@ -157,6 +158,17 @@ class Transformer(nn.Module):
         head = dense(config.patch**2 * config.latent_channels, ("embed", "patch"), dtype=config.dtype, zero=True, name="final")
         out = head(modulate(out, shift, scale).astype(config.dtype)).astype(jnp.float32)
         return tokens.unpatchify(out, config.patch, height, width)
+
+
+def computing_type(config: ModelConfig, path: tuple) -> str:
+    """The type that the network computes in with the parameter at this path of its tree."""
+    return "float32" if {getattr(entry, "key", None) for entry in path} & set(FLOAT32_PARTS) else config.dtype
+
+
+def in_computing_types(config: ModelConfig, params: Any) -> Any:
+    """Parameters in the types that the network computes in. The result is the same to the bit; but what is gathered over a mesh is gathered in these
+    types, and of a layer that z and history both go through, once, and its gradient is reduced once."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf.astype(computing_type(config, path)), params)
 
 
 def abstract_inputs(config: ModelConfig, *, batch: int, frames: int, history: int, height: int, width: int):
