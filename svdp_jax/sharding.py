@@ -10,6 +10,7 @@ Mesh axes: `data` (whole copies of the model), `fsdp` (parameters in shares, gat
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -85,6 +86,20 @@ class Layout:
     def constrain(self, x: Array, *names: str | None) -> Array:
         """`x`, which is to lie as its names say. ConfigError where that does not divide it."""
         return jax.lax.with_sharding_constraint(x, self.of("an activation", names, x.shape))
+
+    def gather(self, tree: Any, names: Any) -> Any:
+        """Parameters in use: matrices whose shares over `fsdp` are gathered, here and once for all who use them, and whose gradient, when all of it is
+        there, is reduced into shares. `names` are a tree of their axes. Modulations stay in shares: a vector goes through them, and sending partial sums
+        of it is less than sending them."""
+
+        def of(names: tuple[str | None, ...], kernel: Array) -> Array:
+            rules = [self._rule(name, "a matrix") for name in names]
+            if self.mesh.shape["fsdp"] == 1 or "fsdp" not in rules or len(names) == 1 or "chunks" in names:
+                return kernel
+            whole = PartitionSpec(*(None if rule == "fsdp" else rule for rule in rules))
+            return _gathered(NamedSharding(self.mesh, whole), self.sharding(*names), kernel)
+
+        return jax.tree.map(of, names, tree, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
     def of(self, where: str, names: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
         """The sharding of the array `where`. ConfigError, naming it, for a name without a rule and for a size that does not divide."""
@@ -162,6 +177,18 @@ class Layout:
             return jax.shard_map(function, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)(*padded)[:, :count]
 
         return apply
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gathered(whole: NamedSharding, shares: NamedSharding, kernel: Array) -> Array:
+    return jax.lax.with_sharding_constraint(kernel, whole)
+
+
+# Left to itself, the gradient of a constraint has the same constraint: every device would reduce all of it.
+_gathered.defvjp(
+    lambda whole, shares, kernel: (_gathered(whole, shares, kernel), None),
+    lambda whole, shares, _, gradient: (jax.lax.with_sharding_constraint(gradient, shares),),
+)
 
 
 def _axes(rule: Rule) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from svdp_jax import flow
 from svdp_jax.config import Config, TrainConfig
 from svdp_jax.models import tokens
 from svdp_jax.models.autoencoder import by_parts, make_autoencoder, to_unit
-from svdp_jax.models.layers import COMPILER
+from svdp_jax.models.layers import COMPILER, COMPILER_TPU
 from svdp_jax.models.transformer import Transformer, abstract_inputs, in_computing_types
 from svdp_jax.sharding import Layout, abstract, shardings_of
 from svdp_jax.types import Batch, Conditions, Constants, Frozen
@@ -250,4 +250,5 @@ def make_step(config: Config, layout: Layout, shardings: TrainState, *, with_his
         after, metrics = train_step(config, state, batch, autoencoder, constants, key, with_history=with_history, layout=layout)
         return after, metrics | {"stop": votes.max()}
 
-    return jax.jit(step, out_shardings=(shardings, layout.whole), donate_argnums=0, compiler_options=COMPILER)
+    options = COMPILER | (COMPILER_TPU if layout.mesh.devices.flat[0].platform == "tpu" else {})
+    return jax.jit(step, out_shardings=(shardings, layout.whole), donate_argnums=0, compiler_options=options)

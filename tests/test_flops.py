@@ -7,11 +7,14 @@ import pytest
 from flax import linen as nn
 
 from svdp_jax import train_state
-from svdp_jax.config import Config, ModelConfig
+from svdp_jax.config import AutoencoderConfig, Config, ModelConfig
 from svdp_jax.models import flops, tokens
+from svdp_jax.models.autoencoder import make_autoencoder
 from svdp_jax.models.transformer import Transformer, abstract_inputs
+from svdp_jax.plan import hlo
 
 FULL = Config()
+LINEAR = AutoencoderConfig(kind="linear", latent_channels=6, patch=4, scale=1.0, shift=0.0)
 
 
 @pytest.mark.parametrize(
@@ -66,3 +69,13 @@ def test_a_full_step_is_as_much_as_xla_counts(history):
     theirs = xla_flops(FULL.model, frames=16, history=history, side=72, backward=True)
     print(f"{ours / 1e12:.1f} TFLOP, XLA counts {theirs / 1e12:.1f}")
     assert ours == pytest.approx(theirs, rel=0.02)
+
+
+@pytest.mark.parametrize(("autoencoder", "size"), [(AutoencoderConfig(channels=(8, 16, 16), blocks=2, groups=4, latent_channels=4), 32), (LINEAR, 32)], ids=["kl", "linear"])
+def test_encoding_is_as_much_as_is_compiled(autoencoder, size):
+    model = make_autoencoder(autoencoder)
+    frames = jax.ShapeDtypeStruct((1, size, size, 3), "float32")
+    params = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), frames))
+    module = hlo.Module(jax.jit(lambda params, frames: model.apply(params, frames, method="encode")).lower(params, frames).compile().as_text())
+    found = sum(module.flops(where, op) * times for where, op, times in module.walk())
+    assert flops.encode(autoencoder, size).total == pytest.approx(found, rel=1e-6)

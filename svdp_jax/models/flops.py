@@ -1,6 +1,7 @@
 """Floating-point operations of the network, counted by hand: two for a multiplication with its addition, matrix products only.
 
-    ModelConfig + shapes  ->  Flops of one forward pass of one sample; a training step does three times as many
+    ModelConfig + shapes       ->  Flops of one forward pass of one sample; a training step does three times as many
+    AutoencoderConfig + size   ->  Flops of encoding one frame, which MFU leaves out
 
 Norms, softmax, activations and what rematerialisation does again are not in it: this is the work that the model asks for, as in MFU.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from svdp_jax.config import Config, ModelConfig
+from svdp_jax.config import AutoencoderConfig, Config, ModelConfig
 from svdp_jax.models.tokens import DRIVING, HISTORY, NOTHING, SOURCE
 from svdp_jax.models.transformer import TIME_FREQUENCIES, layer_groups
 
@@ -54,6 +55,32 @@ def forward(model: ModelConfig, *, frames: int, history: int, tokens: int, level
             layer += _joint(model, kind, tokens) * done
         total += (layer + _modulations(model, kind, done)) * layers
     return total
+
+
+def encode(autoencoder: AutoencoderConfig, size: int) -> Flops:
+    """One frame of size x size pixels to latents. Products with padding are none."""
+    latents = autoencoder.latent_channels
+    if autoencoder.kind == "linear":
+        return Flops(2 * (size // autoencoder.patch) ** 2 * 3 * autoencoder.patch**2 * latents)
+    total, inputs, side = _convolution(3, autoencoder.channels[0], size), autoencoder.channels[0], size
+    for level, channels in enumerate(autoencoder.channels):
+        for _ in range(autoencoder.blocks):
+            total, inputs = total + _residual(inputs, channels, side), channels
+        if level < len(autoencoder.channels) - 1:
+            total += 2 * (3 * side // 2 - 1) ** 2 * channels**2  # every other place, padded at one end
+            side //= 2
+    total += 2 * _residual(inputs, inputs, side) + 4 * 2 * side**2 * inputs**2 + _convolution(inputs, 2 * latents, side)
+    return Flops(total, 4 * side**4 * inputs)
+
+
+def _residual(inputs: int, channels: int, side: int) -> float:
+    skip = 0 if inputs == channels else 2 * side**2 * inputs * channels
+    return _convolution(inputs, channels, side) + _convolution(channels, channels, side) + skip
+
+
+def _convolution(inputs: int, channels: int, side: int) -> float:
+    """3x3, of which the outermost places have neighbours on one side only."""
+    return 2 * (3 * side - 2) ** 2 * inputs * channels
 
 
 def _temporal(model: ModelConfig, *, asking: int, made: int, seen: int, tokens: int) -> Flops:

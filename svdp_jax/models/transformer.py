@@ -9,6 +9,7 @@ Trunk: Stable Diffusion 3.5 Medium's MMDiT-X. New: a temporal block before each 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -138,7 +139,11 @@ class Transformer(nn.Module):
 
         remembered = {}
         for kind, layers in layer_groups(config):
-            layer = Layer if self.remat == "none" else nn.remat(Layer, prevent_cse=False, policy=REMAT[self.remat])
+            layer = Layer
+            if self.layout and not self.is_initializing():
+                layer = nn.map_variables(layer, "params", functools.partial(self.layout.gather, names={"params": axis_names(config)[kind]}))
+            if self.remat != "none":
+                layer = nn.remat(layer, prevent_cse=False, policy=REMAT[self.remat])
             if kind != "last":
                 layer = nn.scan(
                     layer,
@@ -158,6 +163,14 @@ class Transformer(nn.Module):
         head = dense(config.patch**2 * config.latent_channels, ("embed", "patch"), dtype=config.dtype, zero=True, name="final")
         out = head(modulate(out, shift, scale).astype(config.dtype)).astype(jnp.float32)
         return tokens.unpatchify(out, config.patch, height, width)
+
+
+@functools.cache
+def axis_names(config: ModelConfig) -> Any:
+    """The names of the axes of every parameter, as the modules give them; of scanned layers, of one layer."""
+    shapes = abstract_inputs(config, batch=1, frames=1, history=1, height=config.patch, width=config.patch)
+    boxed = jax.eval_shape(Transformer(config).init, jax.random.key(0), *shapes)["params"]
+    return jax.tree.map(lambda leaf: tuple(name for name in leaf.names if name != "layers"), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
 
 def computing_type(config: ModelConfig, path: tuple) -> str:

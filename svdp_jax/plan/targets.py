@@ -87,7 +87,7 @@ def environment(target: Target) -> dict[str, str]:
     if target.platform != "cpu":
         own["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"  # as on the devices
     if target.platform == "tpu":
-        own |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+        own |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # several at once
     if target.platform == "cpu":
         own["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={target.count}".strip()
     return own
