@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import pathlib
@@ -29,7 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from svdp_jax import sharding, train_state  # noqa: E402
 from svdp_jax.config import Config, load_config  # noqa: E402
 from svdp_jax.models import flops  # noqa: E402
-from svdp_jax.models.autoencoder import make_autoencoder, to_unit  # noqa: E402
+from svdp_jax.models.autoencoder import make_autoencoder  # noqa: E402
 from svdp_jax.models.tokens import position_table  # noqa: E402
 from svdp_jax.peaks import peak_memory, peak_tflops  # noqa: E402
 from svdp_jax.types import Batch, Frozen  # noqa: E402
@@ -94,11 +95,10 @@ def main() -> None:
         seconds.append(time.perf_counter() - begun)
     assert np.isfinite(float(metrics["loss"])), "the loss is not finite"
 
-    encoder = make_autoencoder(config.autoencoder, dtype=model.dtype)
-    encode = jax.jit(lambda params, *frames: [encoder.apply({"params": params}, to_unit(part), method="encode") for part in frames])
-    frames = [part for part in batch if with_history or part is not batch.history]
-    timed(encode, autoencoder, *frames, repeats=1)
-    encode_seconds, _ = timed(encode, autoencoder, *frames, repeats=5)
+    draws = jax.jit(functools.partial(train_state.draw, config, flags.batch, with_history=with_history))(key)
+    encode = jax.jit(functools.partial(train_state.encode, config, with_history=with_history, layout=layout))
+    timed(encode, autoencoder, batch, draws, repeats=1)
+    encode_seconds, _ = timed(encode, autoencoder, batch, draws, repeats=5)
 
     work, median = flops.train_step(config, with_history=with_history).total, statistics.median(seconds)
     tflops, peak, memory = work / median / jax.device_count() / 1e12, peak_tflops(jax.devices()[0].device_kind), peak_memory()

@@ -250,5 +250,6 @@ def make_step(config: Config, layout: Layout, shardings: TrainState, *, with_his
         after, metrics = train_step(config, state, batch, autoencoder, constants, key, with_history=with_history, layout=layout)
         return after, metrics | {"stop": votes.max()}
 
+    # Unused are the autoencoder's decoder and, in the first stage, history: the device holds them, so the program's memory counts them.
     options = COMPILER | (COMPILER_TPU if layout.mesh.devices.flat[0].platform == "tpu" else {})
-    return jax.jit(step, out_shardings=(shardings, layout.whole), donate_argnums=0, compiler_options=options)
+    return jax.jit(step, out_shardings=(shardings, layout.whole), donate_argnums=0, keep_unused=True, compiler_options=options)

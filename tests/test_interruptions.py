@@ -66,7 +66,7 @@ def straight(start, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_is_the_same_run(start, straight, tmp_path, kills):
     rng, workdir, points = random.Random(kills), tmp_path / "run", []
     for step in sorted(rng.choices(range(STEPS // 2, STEPS), k=kills)):

@@ -84,11 +84,12 @@ def error_after_training(level, in_driving, *, alone):
     return (error * hidden).sum() / hidden.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("learned", "level", "in_driving", "alone"),
     [
         pytest.param(True, tokens.DRIVING, 1.0, False, id="from another frame"),
-        pytest.param(False, tokens.DRIVING, 1.0, True, id="each frame alone", marks=pytest.mark.slow),
+        pytest.param(False, tokens.DRIVING, 1.0, True, id="each frame alone"),
         pytest.param(True, tokens.HISTORY, 0.0, False, id="from history"),
         pytest.param(False, tokens.DRIVING, 0.0, False, id="history dropped"),
     ],

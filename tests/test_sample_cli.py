@@ -258,6 +258,7 @@ def test_weights_that_cannot_be_read_are_one_line(script, media, workdir, tmp_pa
     assert line.startswith("error: ") and "broken" in line
 
 
+@pytest.mark.slow
 def test_a_converted_model_trains_and_samples(script, media, dataset, sd35_file, tmp_path):
     convert(sd35_file, tmp_path / "weights")
     flags = ["--workdir", tmp_path / "run", "--train.init-from", tmp_path / "weights", "--data.path", dataset, "--sample.steps", 1]

@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--remat", help=f"of {', '.join(get_args(Remat))}; several, with commas, are compared (default: the config's)")
     parser.add_argument("--batch-per-device", type=int, default=1, help="samples of a training step, over all devices, by the number of devices")
     parser.add_argument("--program", choices=["train", "sample"], default="train", help="a training step with history, or a denoising step, for which devices share frames")
+    parser.add_argument("--jobs", type=int, default=1, help="compilations at once; one takes a core or two, and up to --memory (default: %(default)s)")
     parser.add_argument("--json", type=pathlib.Path, help="write all rows here")
     parser.add_argument("--plot", type=pathlib.Path, help="write a picture of memory and time here (PNG)")
     parser.add_argument("--memory", type=float, default=rows.Limits().memory, help="GB of this machine that one compilation may take (default: %(default)s)")
@@ -42,9 +43,8 @@ def main() -> None:
     asked = requests(flags)
     found = []
     with tqdm(total=len(asked), unit="row", dynamic_ncols=True) as bar:
-        for request in asked:
-            bar.set_description(f"{request.target.name} {request.strategy} {request.remat}")
-            ((row, kept),) = rows.fill([request], limits=rows.Limits(flags.memory, flags.seconds))
+        filled = rows.fill(asked, limits=rows.Limits(flags.memory, flags.seconds), jobs=flags.jobs)
+        for request, (row, kept) in zip(asked, filled, strict=True):
             took = "from the cache" if kept else row.get("reason") or f"compiled in {row['compile_seconds']:.0f} s"
             bar.write(f"{request.target.name} {request.strategy} {request.remat}: {took}", file=sys.stderr)
             bar.update()
@@ -78,6 +78,8 @@ def requests(flags: argparse.Namespace) -> list[rows.Request]:
             advice.check_strategy(name)
     if flags.batch_per_device < 1:
         raise ConfigError(f"--batch-per-device {flags.batch_per_device} must be at least 1")
+    if flags.jobs < 1:
+        raise ConfigError(f"--jobs {flags.jobs} must be at least 1")
     return [rows.Request(config, target, name, flags.program, flags.batch_per_device, remat) for target in chosen for name in names for remat in remats]
 
 
@@ -100,7 +102,7 @@ def cells(row: rows.Row) -> list[str]:
         return [*head, "", "no" if row["fits"] is False else "-", *[""] * 11]
     memory, mesh = row["memory"], ",".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1)
     gigabytes = lambda *names: f"{sum(memory.get(name, 0) for name in names) / 1e9:.1f}"
-    parts = [gigabytes(name) for name in ("parameters", "optimizer", "ema")] + [gigabytes("batch", "autoencoder", "constants", "latents"), gigabytes("temporaries")]
+    parts = [gigabytes(name) for name in ("parameters", "optimizer", "ema")] + [gigabytes("batch", "autoencoder", "constants", "latents", "padding"), gigabytes("temporaries")]
     spare = "" if row["limit"] is None else f"{(row['limit'] - memory['total']) / 1e9:+.1f}"
     sent = ", ".join(f"{'+'.join(axes)} {size / 1e9:.2f}" for axes, size in advice.sent(row).items())
     seconds = f"{row['seconds']['step']:.3f}" if row["seconds"] else "-"

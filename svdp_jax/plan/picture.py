@@ -7,7 +7,7 @@ import pathlib
 from svdp_jax.config import ConfigError
 from svdp_jax.plan.rows import Row
 
-PARTS = {"parameters": "#4c72b0", "optimizer": "#dd8452", "ema": "#55a868", "batch": "#c44e52", "autoencoder": "#8172b3", "constants": "#937860", "latents": "#c44e52", "temporaries": "#b0b0b0"}
+PARTS = {"parameters": "#4c72b0", "optimizer": "#dd8452", "ema": "#55a868", "batch": "#c44e52", "autoencoder": "#8172b3", "constants": "#937860", "latents": "#c44e52", "padding": "#e0c060", "temporaries": "#b0b0b0"}
 TIMES = {"matrix": "#4c72b0", "memory": "#dd8452", "interconnect": "#c44e52", "step": "#303030"}
 
 

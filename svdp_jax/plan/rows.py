@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import importlib.metadata
 import json
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -50,20 +52,30 @@ class Limits(NamedTuple):
     seconds: float = 1800.0
 
 
-def fill(requests: Iterable[Request], *, limits: Limits, cache: pathlib.Path | None = None) -> Iterator[tuple[Row, bool]]:
-    """The row of each request, and whether it was in the cache (default: the user's cache directory). A compilation that fails is a row with its `reason`."""
+def fill(requests: Iterable[Request], *, limits: Limits, jobs: int = 1, cache: pathlib.Path | None = None) -> Iterator[tuple[Row, bool]]:
+    """The row of each request, and whether it was in the cache (default: the user's cache directory); `jobs` are compiled at once. A compilation that
+    fails is a row with its `reason`."""
     cache = cache or cli.cache_directory() / "plan"
     cache.mkdir(parents=True, exist_ok=True)
-    for request in requests:
+
+    left = threading.Event()
+
+    def one(request: Request) -> tuple[Row, bool]:
         kept = cache / f"{_fingerprint(request)}.json"
         if kept.exists():
-            yield json.loads(kept.read_text()), True
-            continue
-        row = _compile(request, limits)
+            return json.loads(kept.read_text()), True
+        row = _compile(request, limits, left)
         if "ended" not in row:  # where the compiler has had its say; it may have more time or memory another time
             kept.with_suffix(".part").write_text(json.dumps(row))
             kept.with_suffix(".part").replace(kept)
-        yield row, False
+        return row, False
+
+    workers = concurrent.futures.ThreadPoolExecutor(jobs)
+    try:
+        yield from workers.map(one, requests)
+    finally:  # also where nobody waits for the rest
+        left.set()
+        workers.shutdown(cancel_futures=True)
 
 
 def _fingerprint(request: Request) -> str:
@@ -79,7 +91,7 @@ def _fingerprint(request: Request) -> str:
     return digest.hexdigest()[:32]
 
 
-def _compile(request: Request, limits: Limits) -> Row:
+def _compile(request: Request, limits: Limits, left: threading.Event) -> Row:
     """In a process of its own, which is ended where it takes more time or memory than it may."""
     environment = os.environ | targets.environment(request.target) | {"PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
     asked = json.dumps({"config": to_dict(request.config), **request.named})
@@ -89,7 +101,7 @@ def _compile(request: Request, limits: Limits) -> Row:
         try:
             process.stdin.write(asked)
             process.stdin.close()
-            ended = _watch(process, limits)
+            ended = _watch(process, limits, left)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -104,7 +116,7 @@ def _compile(request: Request, limits: Limits) -> Row:
     return row | {"warnings": [line.strip()[:500] for line in errors.splitlines() if SPILLED in line]}
 
 
-def _watch(process: subprocess.Popen, limits: Limits) -> str | None:
+def _watch(process: subprocess.Popen, limits: Limits, left: threading.Event) -> str | None:
     """Waits for the process; why it was not waited for any longer."""
     begun = time.monotonic()
     while process.poll() is None:
@@ -112,7 +124,8 @@ def _watch(process: subprocess.Popen, limits: Limits) -> str | None:
             return f"the compiler was ended after {limits.seconds:.0f} s (--seconds)"
         if (held := _resident(process.pid)) > limits.memory * 1e9:
             return f"the compiler was ended at {held / 1e9:.1f} GB of this machine's memory (--memory)"
-        time.sleep(0.2)
+        if left.wait(0.2):
+            return "nobody waited for the compiler"
     return None
 
 

@@ -1,0 +1,91 @@
+"""The plan for GPUs and TPUs, by their own compilers: what is sent, computed and held is what theory says. Skipped where a compiler is not installed."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import pytest
+
+from svdp_jax import train_state
+from svdp_jax.config import AutoencoderConfig, Config, ConfigError, DataConfig, ModelConfig, TrainConfig
+from svdp_jax.models import flops
+from svdp_jax.models.transformer import computing_type
+from svdp_jax.plan import rows, targets
+
+DEVICES = 8
+SMALL = Config(  # many layers of some width, so that what stands around them is little
+    model=ModelConfig(width=256, heads=4, depth=9, dual_blocks=0, text_tokens=2, text_width=8, pooled_width=8),
+    autoencoder=AutoencoderConfig(kind="linear", patch=8, scale=1.0, shift=0.0),
+    data=DataConfig(size=64, frames=2, history=1),
+    train=TrainConfig(remat="full"),
+)
+TARGETS = ["h100x8", "v5p:2x2x2"]
+STRATEGIES = [pytest.param("dp", marks=pytest.mark.slow), "fsdp"]
+
+
+@functools.cache
+def row(name, strategy):
+    target = targets.parse(name)
+    try:
+        targets.check_installed(target)
+    except ConfigError as missing:
+        pytest.skip(str(missing))
+    ((found, _),) = rows.fill([rows.Request(SMALL, target, strategy, "train", 1, "full")], limits=rows.Limits(), cache=CACHE)
+    assert "reason" not in found, found["reason"]
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    global CACHE
+    CACHE = tmp_path_factory.mktemp("plan")
+
+
+def parameters():
+    """(path, shape) of each."""
+    return [([entry.key for entry in path], path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(train_state.abstract_params(SMALL))]
+
+
+def sent(row, *kinds, dtype="bf16"):
+    return sum(found["bytes"] for found in row["collectives"] if found["kind"] in kinds and found["dtype"] == dtype)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_fsdp_gathers_matrices_twice_and_reduces_their_gradients_once(name):
+    found, model = row(name, "fsdp"), SMALL.model
+    layers = [leaf.size for keys, _, leaf in parameters() if keys[0] in ("plain", "last") and keys[-1] == "kernel" and not any("modulation" in key for key in keys)]
+    matrices = 2 * sum(layers)  # bytes in bfloat16
+    chunks, clocks = 3 + 6 + 6, 2  # modulations stay in shares: their partial sums travel, of each sample and for both clocks, and again where a layer is computed again
+    partial_sums = 2 * model.depth * chunks * model.width * DEVICES * clocks * 2
+    assert sent(found, "all-gather") == pytest.approx(2 * matrices, rel=0.05)
+    assert sent(found, "all-gather", dtype="f32") < 0.01 * matrices
+    assert sent(found, "reduce-scatter", "all-reduce") == pytest.approx(matrices + partial_sums, rel=0.05)
+    assert {axis for collective in found["collectives"] for axis in collective["axes"]} == {"fsdp"}
+    if name.startswith("h"):  # on TPUs the compiler reduces a layer's gradients together and has each device keep its share
+        assert sent(found, "reduce-scatter") > 0.95 * matrices
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_dp_reduces_gradients_and_nothing_else(name):
+    found = row(name, "dp")
+    gradients = sum(leaf.size * (2 if computing_type(SMALL.model, path) == "bfloat16" else 4) for _, path, leaf in parameters())
+    assert sum(sent(found, "all-reduce", dtype=dtype) for dtype in ("bf16", "f32")) == pytest.approx(gradients, rel=0.05)
+    assert {collective["kind"] for collective in found["collectives"]} == {"all-reduce"}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", TARGETS)
+def test_operations_and_arguments_are_the_counted_ones(name, strategy):
+    found, data = row(name, strategy), SMALL.data
+    shape = {"frames": data.frames, "history": data.history, "tokens": SMALL.grid**2, "level": 3}
+    forward = lambda depth: flops.forward(dataclasses.replace(SMALL.model, depth=depth), **shape).total
+    scanned = forward(SMALL.model.depth) - forward(1)  # computed again; of the last layer, which no loop keeps apart, XLA does nothing twice
+    encoded = (2 * data.frames + 1 + data.history) * flops.encode(SMALL.autoencoder, data.size).total
+    assert found["flops"] == pytest.approx(3 * forward(SMALL.model.depth) + scanned + encoded, rel=0.02)
+    memory = found["memory"]
+    shards = sum(memory[name] for name in ("parameters", "optimizer", "ema", "batch", "autoencoder", "constants"))
+    assert memory["arguments"] == shards + memory["padding"]
+    assert (memory["padding"] >= 0) if name.startswith("v") else abs(memory["padding"]) < 0.01 * shards  # TPUs hold whole tiles of 8 x 128
+    assert found["fits"] and math.isclose(memory["total"], memory["arguments"] + memory["temporaries"])
