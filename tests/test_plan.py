@@ -134,6 +134,20 @@ def test_seconds_are_those_of_the_slowest_network_on_the_way():
     assert of("all-reduce", ("fsdp",), 2, groups=2) == pytest.approx(1 / device.link), "fsdp stays within a slice"
 
 
+MIXED = """
+ENTRY %main (a: bf16[2,8], b: f32[4]) -> (bf16[16,8], f32[32]) {
+  %a = bf16[2,8]{1,0} parameter(0)
+  %b = f32[4]{0} parameter(1)
+  ROOT %gathered = (bf16[16,8]{1,0}, f32[32]{0}) all-gather(%a, %b), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+}
+"""
+
+
+def test_a_collective_of_several_types_is_told_apart_by_type():
+    found = costs.of(MIXED, {"fsdp": 8}, None).collectives
+    assert {(one.kind, one.axes, one.dtype, one.bytes, one.times) for one in found} == {("all-gather", ("fsdp",), "bf16", 256, 1), ("all-gather", ("fsdp",), "f32", 128, 1)}
+
+
 # ------------------------------------------------------------------------------------------------------------------- whole rows
 
 

@@ -44,10 +44,10 @@ def of(text: str, mesh: dict[str, int], device: Device | None, *, groups: int = 
             kind = _kind(part, where)
             axes, devices = hlo.axes_of(part, mesh)
             arrays = [array for arrays in module.operands(where, part) for array in arrays]
-            size = sum(array.bytes for array in arrays) * (devices if kind == "all-gather" else 1)
-            entry = found[kind, axes, devices, arrays[0].dtype if arrays else ""]
-            entry[0] += size * times
-            entry[1] += times
+            for dtype in {array.dtype for array in arrays}:  # one may take arrays of several
+                entry = found[kind, axes, devices, dtype]
+                entry[0] += sum(array.bytes for array in arrays if array.dtype == dtype) * (devices if kind == "all-gather" else 1) * times
+                entry[1] += times
         work, bytes_ = module.flops(computation, op), 0 if sent else module.moved(computation, op)
         flops, moved = flops + work * times, moved + bytes_ * times
         if device:
