@@ -1,7 +1,10 @@
 """The plan: what it reads from a compiled program against what theory says of it, its rows, and what it says to users."""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 import time
 
 import jax
@@ -200,6 +203,24 @@ def test_a_compilation_that_takes_too_long_is_a_row_with_its_reason(tmp_path):
     ((row, kept),) = rows.fill([request], limits=rows.Limits(seconds=1), cache=tmp_path)
     assert "ended after 1 s" in row["reason"] and row["fits"] is None and not kept
     assert not list(tmp_path.glob("*.json")), "another time it may have longer"
+
+
+SPILLS = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+before, after = NamedSharding(mesh, P("data", None, "fsdp")), NamedSharding(mesh, P(None, ("fsdp", "data"), None))
+anew = lambda latents: jax.lax.with_sharding_constraint(jnp.sin(latents), after)
+jax.jit(anew, in_shardings=before).lower(jax.ShapeDtypeStruct((16, 16, 16), jnp.float32)).compile()
+"""
+
+
+def test_an_array_that_is_gathered_whole_to_be_laid_out_anew_is_named():
+    environment = os.environ | targets.environment(targets.parse("cpu:8"))
+    said = subprocess.run([sys.executable, "-c", SPILLS], env=environment, check=True, capture_output=True, text=True).stderr
+    (warning,) = rows.spilled(said)
+    assert warning == "f32[8,16,4] of latents, from {devices=[2,1,4]<=[8]} to {devices=[1,8,1]<=[2,4]T(1,0)}"
+    assert advice.told(targets.parse("v5e:2x4"), [made_up("fsdp", total=9e9, warnings=[warning])])[1] == f"fsdp: gathered whole on each device, to be laid out anew: {warning}"
 
 
 def test_whoever_does_not_wait_leaves_no_compiler_behind(tmp_path):

@@ -57,7 +57,7 @@ def told(target: Target, rows: list[Row]) -> list[str]:
             lines.append(f"{name(row)} does not fit, {lack}{change}.")
         elif "compile_seconds" not in row:
             lines.append(f"{name(row)}: {row['reason']}")
-        lines += [f"{name(row)}: gathered whole to be laid out anew: {warning}" for warning in row.get("warnings", [])]
+        lines += [f"{name(row)}: gathered whole on each device, to be laid out anew: {warning}" for warning in row.get("warnings", [])]
     return lines
 
 

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from svdp_jax.plan.targets import Target
 
 PACKAGE = pathlib.Path(__file__).parents[1]
 COMPILERS = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt")
-SPILLED = "Involuntary full rematerialization"  # XLA's words for an array that is gathered whole to be laid out anew
+# XLA's words for an array that is gathered whole to be laid out anew.
+SPILLED = re.compile(r"Involuntary full rematerialization\..*? from sharding (\{.*?\}) to (\{.*?\}) efficiently for HLO operation %[\w.\-]+ = (\w+\[[\d,]*\])(.*)")
 
 Row = dict[str, Any]
 
@@ -113,7 +115,17 @@ def _compile(request: Request, limits: Limits, left: threading.Event) -> Row:
         last = (errors.strip().splitlines() or ["it said nothing"])[-1]
         return request.named | {"fits": None, "reason": ended or f"the compiler ended with status {process.returncode}: {last[:300]}", "ended": True}
     row = json.loads(output.splitlines()[-1])
-    return row | {"warnings": [line.strip()[:500] for line in errors.splitlines() if SPILLED in line]}
+    return row | {"warnings": spilled(errors)}
+
+
+def spilled(said: str) -> list[str]:
+    """Of what a compiler said, each array that it gathers whole on every device to lay it out anew: its type and shape on a device, where in the model, and
+    both layouts in XLA's words."""
+    found = []
+    for before, after, array, rest in SPILLED.findall(said):
+        where = re.search(r'op_name="([^"]*)"', rest)
+        found.append(f"{array} of {where[1] if where else 'an operation without a name'}, from {before} to {after}")
+    return list(dict.fromkeys(found))
 
 
 def _watch(process: subprocess.Popen, limits: Limits, left: threading.Event) -> str | None:

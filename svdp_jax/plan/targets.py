@@ -83,7 +83,7 @@ def check_installed(target: Target) -> None:
 
 def environment(target: Target) -> dict[str, str]:
     """What a process that compiles for the target has to have in its environment before JAX is imported."""
-    own = {"JAX_PLATFORMS": "cpu"}
+    own = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "1"}  # warnings of the compiler are read (`rows.spilled`)
     if target.platform != "cpu":
         own["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"  # as on the devices
     if target.platform == "tpu":
