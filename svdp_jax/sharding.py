@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -26,6 +27,7 @@ from jaxtyping import Array
 from svdp_jax.config import ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "context", "tensor")
+WHOLE = "whole"  # the name of a matrix that has been gathered, for rematerialisation
 BATCH = ("data", "fsdp")  # samples are spread over both: with fsdp, devices share parameters, not work
 
 Rule = str | tuple[str, ...] | None  # mesh axes of one axis of an array
@@ -87,17 +89,17 @@ class Layout:
         """`x`, which is to lie as its names say. ConfigError where that does not divide it."""
         return jax.lax.with_sharding_constraint(x, self.of("an activation", names, x.shape))
 
-    def gather(self, tree: Any, names: Any) -> Any:
+    def in_use(self, tree: Any, names: Any) -> Any:
         """Parameters in use: matrices whose shares over `fsdp` are gathered, here and once for all who use them, and whose gradient, when all of it is
         there, is reduced into shares. `names` are a tree of their axes. Modulations stay in shares: a vector goes through them, and sending partial sums
         of it is less than sending them."""
 
         def of(names: tuple[str | None, ...], kernel: Array) -> Array:
             rules = [self._rule(name, "a matrix") for name in names]
-            if self.mesh.shape["fsdp"] == 1 or "fsdp" not in rules or len(names) == 1 or "chunks" in names:
+            if "fsdp" not in rules or len(names) == 1 or "chunks" in names:
                 return kernel
             whole = PartitionSpec(*(None if rule == "fsdp" else rule for rule in rules))
-            return _gathered(NamedSharding(self.mesh, whole), self.sharding(*names), kernel)
+            return checkpoint_name(_whole(NamedSharding(self.mesh, whole), self.sharding(*names), kernel), WHOLE)
 
         return jax.tree.map(of, names, tree, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
@@ -180,13 +182,13 @@ class Layout:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gathered(whole: NamedSharding, shares: NamedSharding, kernel: Array) -> Array:
+def _whole(whole: NamedSharding, shares: NamedSharding, kernel: Array) -> Array:
     return jax.lax.with_sharding_constraint(kernel, whole)
 
 
 # Left to itself, the gradient of a constraint has the same constraint: every device would reduce all of it.
-_gathered.defvjp(
-    lambda whole, shares, kernel: (_gathered(whole, shares, kernel), None),
+_whole.defvjp(
+    lambda whole, shares, kernel: (_whole(whole, shares, kernel), None),
     lambda whole, shares, _, gradient: (jax.lax.with_sharding_constraint(gradient, shares),),
 )
 

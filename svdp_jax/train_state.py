@@ -22,7 +22,7 @@ from svdp_jax.config import Config, TrainConfig
 from svdp_jax.models import tokens
 from svdp_jax.models.autoencoder import by_parts, make_autoencoder, to_unit
 from svdp_jax.models.layers import COMPILER, COMPILER_TPU
-from svdp_jax.models.transformer import Transformer, abstract_inputs, in_computing_types
+from svdp_jax.models.transformer import Transformer, abstract_inputs, boxed_params, in_computing_types
 from svdp_jax.sharding import Layout, abstract, shardings_of
 from svdp_jax.types import Batch, Conditions, Constants, Frozen
 
@@ -90,12 +90,12 @@ def init_params(config: Config, key: Key[Array, ""]) -> Any:
 
 def abstract_params(config: Config) -> Any:
     """Shapes of the network's parameters."""
-    return nn.meta.unbox(jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0)))
+    return nn.meta.unbox(boxed_params(config.model))
 
 
 def param_shardings(config: Config, layout: Layout) -> Any:
     """Where the parameters lie, and their gradients."""
-    return shardings_of(jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0)), layout)
+    return shardings_of(boxed_params(config.model), layout)
 
 
 def init_state(config: Config, params: Any) -> TrainState:

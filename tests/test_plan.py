@@ -223,14 +223,17 @@ def test_an_array_that_is_gathered_whole_to_be_laid_out_anew_is_named():
     assert advice.told(targets.parse("v5e:2x4"), [made_up("fsdp", total=9e9, warnings=[warning])])[1] == f"fsdp: gathered whole on each device, to be laid out anew: {warning}"
 
 
-def test_whoever_does_not_wait_leaves_no_compiler_behind(tmp_path):
+def test_whoever_does_not_wait_leaves_no_compiler_behind(tmp_path, monkeypatch):
+    begun, start = [], subprocess.Popen
+    monkeypatch.setattr(rows.subprocess, "Popen", lambda *arguments, **how: begun.append(start(*arguments, **how)) or begun[-1])
     requests = [rows.Request(load_config(TINY), targets.parse("cpu:3"), name, "train", 1, "none") for name in ("fsdp", "dp", "dp")]
     filled = rows.fill(requests, limits=rows.Limits(), jobs=2, cache=tmp_path)
     assert "does not divide" in next(filled)[0]["reason"]
-    begun = time.monotonic()
+    closed = time.monotonic()
     filled.close()
-    assert time.monotonic() - begun < 3
-    assert len(list(tmp_path.glob("*.json"))) == 1, "of the others, one was ended and one not begun"
+    assert time.monotonic() - closed < 3
+    assert len(begun) >= 2 and all(process.poll() is not None for process in begun)
+    assert len(list(tmp_path.glob("*.json"))) == 1, "of what was ended nothing is kept"
 
 
 def test_what_cannot_be_laid_out_is_a_row_with_its_reason(tmp_path):
@@ -288,7 +291,7 @@ def test_a_mistake_is_one_line_before_anything_is_compiled(python, flags, said):
 
 
 def test_json_has_the_rows_and_the_terminal_a_table(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(rows, "fill", lambda requests, limits, jobs: [(made_up(request.strategy, total=9e9), True) for request in requests])
+    monkeypatch.setattr(rows, "fill", lambda requests, limits, jobs: ((made_up(request.strategy, total=9e9), True) for request in requests))
     monkeypatch.setattr("sys.argv", ["plan", "--config", str(TINY), "--target", "cpu:8", "--strategies", "dp,fsdp", "--json", str(tmp_path / "rows.json")])
     monkeypatch.setattr(targets, "parse", lambda _: targets.Target("v5e:2x4", "cpu", "v5e", 8, 1, "v5e:2x4"))
     plan.main()

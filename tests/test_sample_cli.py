@@ -73,6 +73,7 @@ def test_the_drivers_sound_is_in_both_videos(sample, media, tmp_path):
         assert packets(tmp_path / "out" / name) == said
 
 
+@pytest.mark.slow  # tests/test_sampler.py shows the same of the pipeline
 def test_the_seed_makes_the_video_and_so_does_guidance(sample, tmp_path):
     def result(name, *flags):
         sample(tmp_path / name, "--no-concat", "--max-frames", "5", *flags)

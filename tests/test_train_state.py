@@ -216,7 +216,7 @@ def test_noise_on_history_is_up_to_as_strong_as_asked():
 KL = AutoencoderConfig(channels=(4, 4, 8), blocks=1, groups=2, latent_channels=6, scale=2.0, shift=0.25)
 
 
-@pytest.mark.parametrize("with_history", [False, True])
+@pytest.mark.parametrize("with_history", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_all_frames_go_through_the_autoencoder_in_one_loop_and_come_out_apart(setting, with_history, monkeypatch):
     monkeypatch.setattr(train_state, "PIXELS_AT_ONCE", 5 * 32**2)  # of 2 x (4 + 1 + 4 [+ 2]) frames
     config = dataclasses.replace(RUN, autoencoder=KL, train=dataclasses.replace(RUN.train, history_noise=0.5))

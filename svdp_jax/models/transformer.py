@@ -23,7 +23,7 @@ from svdp_jax.models.attention import ATTENTION, Backend
 from svdp_jax.models.blocks import LAYER_INPUT, Kind, Layer, Shared, Streams, place
 from svdp_jax.models.layers import Modulation, dense, layer_norm, modulate, sinusoid
 from svdp_jax.models.parallel import padded
-from svdp_jax.sharding import Layout
+from svdp_jax.sharding import WHOLE, Layout
 from svdp_jax.types import Conditions, Constants, Memory
 
 Remat = Literal["none", "full", "attention", "offload"]
@@ -34,8 +34,9 @@ def _saves_attention(primitive, *_, **parameters) -> bool:
     return primitive.name.startswith("dot_product_attention_fwd") or parameters.get("name") == ATTENTION
 
 
-# What a layer's backward pass finds; the rest it computes again. With "none" it finds all.
+# What a layer's backward pass finds; the rest it computes again.
 REMAT = {
+    "none": jax.checkpoint_policies.save_anything_except_these_names(WHOLE),  # all but matrices of which devices have shares: those are gathered again
     "full": None,  # the layer's input
     "attention": _saves_attention,  # besides, what attention has put out: over half of a layer's work is not done again
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # both, kept in the host's memory
@@ -139,10 +140,10 @@ class Transformer(nn.Module):
 
         remembered = {}
         for kind, layers in layer_groups(config):
-            layer = Layer
-            if self.layout and not self.is_initializing():
-                layer = nn.map_variables(layer, "params", functools.partial(self.layout.gather, names={"params": axis_names(config)[kind]}))
-            if self.remat != "none":
+            layer, in_shares = Layer, self.layout is not None and self.layout.mesh.shape["fsdp"] > 1 and not self.is_initializing()
+            if in_shares:
+                layer = nn.map_variables(layer, "params", functools.partial(self.layout.in_use, names={"params": axis_names(config)[kind]}))
+            if self.remat != "none" or in_shares:
                 layer = nn.remat(layer, prevent_cse=False, policy=REMAT[self.remat])
             if kind != "last":
                 layer = nn.scan(
@@ -166,11 +167,16 @@ class Transformer(nn.Module):
 
 
 @functools.cache
+def boxed_params(config: ModelConfig) -> Any:
+    """Shapes of all parameters, boxed with the names of their axes (see `flax.linen.meta`). None depends on how many or how large frames are."""
+    smallest = abstract_inputs(config, batch=1, frames=1, history=1, height=config.patch, width=config.patch)
+    return jax.eval_shape(Transformer(config, parent=None).init, jax.random.key(0), *smallest)["params"]
+
+
 def axis_names(config: ModelConfig) -> Any:
-    """The names of the axes of every parameter, as the modules give them; of scanned layers, of one layer."""
-    shapes = abstract_inputs(config, batch=1, frames=1, history=1, height=config.patch, width=config.patch)
-    boxed = jax.eval_shape(Transformer(config).init, jax.random.key(0), *shapes)["params"]
-    return jax.tree.map(lambda leaf: tuple(name for name in leaf.names if name != "layers"), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+    """The names of the axes of every parameter; of scanned layers, of one layer."""
+    names = lambda leaf: tuple(name for name in leaf.names if name != "layers")
+    return jax.tree.map(names, boxed_params(config), is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
 
 def computing_type(config: ModelConfig, path: tuple) -> str:

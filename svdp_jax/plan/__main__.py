@@ -9,6 +9,7 @@ the user's cache directory until config, code or compiler change.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import pathlib
 import sys
@@ -41,10 +42,11 @@ def main() -> None:
     flags = parser.parse_args()
 
     asked = requests(flags)
-    found = []
-    with tqdm(total=len(asked), unit="row", dynamic_ncols=True) as bar:
-        filled = rows.fill(asked, limits=rows.Limits(flags.memory, flags.seconds), jobs=flags.jobs)
-        for request, (row, kept) in zip(asked, filled, strict=True):
+    found, filling = [], rows.fill(asked, limits=rows.Limits(flags.memory, flags.seconds), jobs=flags.jobs)
+    with tqdm(total=len(asked), unit="row", dynamic_ncols=True) as bar, contextlib.closing(filling) as filled:
+        for request in asked:
+            bar.set_description(f"{request.target.name} {request.strategy} {request.remat}")
+            row, kept = next(filled)
             took = "from the cache" if kept else row.get("reason") or f"compiled in {row['compile_seconds']:.0f} s"
             bar.write(f"{request.target.name} {request.strategy} {request.remat}: {took}", file=sys.stderr)
             bar.update()
@@ -67,10 +69,10 @@ def requests(flags: argparse.Namespace) -> list[rows.Request]:
     chosen = [targets.parse(name) for name in dict.fromkeys(flags.target)]
     for target in chosen:
         targets.check_installed(target)
-    remats = (flags.remat or config.train.remat).split(",") if flags.program == "train" else ["none"]
+    remats = list(dict.fromkeys((flags.remat or config.train.remat).split(","))) if flags.program == "train" else ["none"]
     if unknown := set(remats) - set(get_args(Remat)):
         raise ConfigError(f"--remat {', '.join(sorted(unknown))}: there is {', '.join(get_args(Remat))}")
-    names = list(STRATEGIES) if flags.strategies == "all" else flags.strategies.split(",")
+    names = list(STRATEGIES) if flags.strategies == "all" else list(dict.fromkeys(flags.strategies.split(",")))
     if flags.program == "sample":
         names = ["context"]
     else:

@@ -48,8 +48,9 @@ def _read(compiled: jax.stages.Compiled, program: programs.Program, target: targ
     found = costs.of(compiled.as_text(), program.mesh or {"data": 1}, target.device, groups=target.groups)
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     arguments = memory.argument_size_in_bytes
-    padding = arguments - sum(program.held.values())  # of shards to whole tiles, on TPUs
-    held = program.held | {"padding": padding, "temporaries": total - arguments, "arguments": arguments, "total": total}
+    held = program.held | {"temporaries": total - arguments, "arguments": arguments, "total": total}
+    if target.platform == "tpu":  # which holds whole tiles
+        held["padding"] = arguments - sum(program.held.values())
     row = {"memory": held, "model_flops": asked, "limit": None, "fits": None, "mfu": None, **costs.summary(found)}
     if target.device:
         limit = target.device.memory * 1e9

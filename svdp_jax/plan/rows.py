@@ -1,4 +1,4 @@
-"""Compilations one after the other, each in a process of its own, and their rows: what is known already comes from the cache."""
+"""Compilations, each in a process of its own, one after the other or a few at once, and their rows: what is known already comes from the cache."""
 
 from __future__ import annotations
 
@@ -66,6 +66,8 @@ def fill(requests: Iterable[Request], *, limits: Limits, jobs: int = 1, cache: p
         kept = cache / f"{_fingerprint(request)}.json"
         if kept.exists():
             return json.loads(kept.read_text()), True
+        if left.is_set():
+            return request.named, False
         row = _compile(request, limits, left)
         if "ended" not in row:  # where the compiler has had its say; it may have more time or memory another time
             kept.with_suffix(".part").write_text(json.dumps(row))
