@@ -19,7 +19,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -27,7 +26,6 @@ from jaxtyping import Array
 from svdp_jax.config import ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "context", "tensor")
-WHOLE = "whole"  # the name of a matrix that has been gathered, for rematerialisation
 BATCH = ("data", "fsdp")  # samples are spread over both: with fsdp, devices share parameters, not work
 
 Rule = str | tuple[str, ...] | None  # mesh axes of one axis of an array
@@ -99,7 +97,7 @@ class Layout:
             if "fsdp" not in rules or len(names) == 1 or "chunks" in names:
                 return kernel
             whole = PartitionSpec(*(None if rule == "fsdp" else rule for rule in rules))
-            return checkpoint_name(_whole(NamedSharding(self.mesh, whole), self.sharding(*names), kernel), WHOLE)
+            return _whole(NamedSharding(self.mesh, whole), self.sharding(*names), kernel)
 
         return jax.tree.map(of, names, tree, is_leaf=lambda leaf: isinstance(leaf, tuple))
 

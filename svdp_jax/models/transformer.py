@@ -23,7 +23,7 @@ from svdp_jax.models.attention import ATTENTION, Backend
 from svdp_jax.models.blocks import LAYER_INPUT, Kind, Layer, Shared, Streams, place
 from svdp_jax.models.layers import Modulation, dense, layer_norm, modulate, sinusoid
 from svdp_jax.models.parallel import padded
-from svdp_jax.sharding import WHOLE, Layout
+from svdp_jax.sharding import Layout
 from svdp_jax.types import Conditions, Constants, Memory
 
 Remat = Literal["none", "full", "attention", "offload"]
@@ -34,9 +34,8 @@ def _saves_attention(primitive, *_, **parameters) -> bool:
     return primitive.name.startswith("dot_product_attention_fwd") or parameters.get("name") == ATTENTION
 
 
-# What a layer's backward pass finds; the rest it computes again.
+# What a layer's backward pass finds; the rest it computes again. With "none" it finds all.
 REMAT = {
-    "none": jax.checkpoint_policies.save_anything_except_these_names(WHOLE),  # all but matrices of which devices have shares: those are gathered again
     "full": None,  # the layer's input
     "attention": _saves_attention,  # besides, what attention has put out: over half of a layer's work is not done again
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # both, kept in the host's memory
@@ -140,10 +139,10 @@ class Transformer(nn.Module):
 
         remembered = {}
         for kind, layers in layer_groups(config):
-            layer, in_shares = Layer, self.layout is not None and self.layout.mesh.shape["fsdp"] > 1 and not self.is_initializing()
-            if in_shares:
+            layer = Layer
+            if self.remat != "none" and self.layout and self.layout.mesh.shape["fsdp"] > 1 and not self.is_initializing():  # with "none", whole matrices would be kept
                 layer = nn.map_variables(layer, "params", functools.partial(self.layout.in_use, names={"params": axis_names(config)[kind]}))
-            if self.remat != "none" or in_shares:
+            if self.remat != "none":
                 layer = nn.remat(layer, prevent_cse=False, policy=REMAT[self.remat])
             if kind != "last":
                 layer = nn.scan(
