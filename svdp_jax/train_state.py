@@ -22,7 +22,7 @@ from svdp_jax.config import Config, TrainConfig
 from svdp_jax.models import tokens
 from svdp_jax.models.autoencoder import by_parts, make_autoencoder, to_unit
 from svdp_jax.models.layers import COMPILER, COMPILER_TPU
-from svdp_jax.models.transformer import Transformer, abstract_inputs, boxed_params, in_computing_types
+from svdp_jax.models.transformer import Transformer, boxed_params, in_computing_types, smallest_inputs
 from svdp_jax.sharding import Layout, abstract, shardings_of
 from svdp_jax.types import Batch, Conditions, Constants, Frozen
 
@@ -82,9 +82,7 @@ def make_transformer(config: Config, *, training: bool = False, layout: Layout |
 
 def init_params(config: Config, key: Key[Array, ""]) -> Any:
     """Parameters of the network, boxed with the names of their axes (see `flax.linen.meta`)."""
-    side = config.model.patch  # of the smallest latents there are: no parameter depends on their size
-    shapes = abstract_inputs(config.model, batch=1, frames=1, history=1, height=side, width=side)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), smallest_inputs(config.model))
     return make_transformer(config).init(key, *zeros)["params"]
 
 

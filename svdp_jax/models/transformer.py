@@ -165,11 +165,15 @@ class Transformer(nn.Module):
         return tokens.unpatchify(out, config.patch, height, width)
 
 
+def smallest_inputs(config: ModelConfig):
+    """Shapes of arguments to initialise the network with: no parameter depends on how many or how large frames are."""
+    return abstract_inputs(config, batch=1, frames=1, history=1, height=config.patch, width=config.patch)
+
+
 @functools.cache
 def boxed_params(config: ModelConfig) -> Any:
-    """Shapes of all parameters, boxed with the names of their axes (see `flax.linen.meta`). None depends on how many or how large frames are."""
-    smallest = abstract_inputs(config, batch=1, frames=1, history=1, height=config.patch, width=config.patch)
-    return jax.eval_shape(Transformer(config, parent=None).init, jax.random.key(0), *smallest)["params"]
+    """Shapes of all parameters, boxed with the names of their axes (see `flax.linen.meta`)."""
+    return jax.eval_shape(Transformer(config, parent=None).init, jax.random.key(0), *smallest_inputs(config))["params"]
 
 
 def axis_names(config: ModelConfig) -> Any:
