@@ -109,7 +109,7 @@ def new_state(config: Config, key: Key[Array, ""]) -> TrainState:
 
 def abstract_state(config: Config, layout: Layout) -> TrainState:
     """Shapes of the state, each with where it lies on the mesh."""
-    boxed = jax.eval_shape(lambda key: new_state(config, key), jax.random.key(0))
+    boxed = jax.eval_shape(lambda params: init_state(config, params), boxed_params(config.model))
     return abstract(boxed, shardings_of(boxed, layout))
 
 

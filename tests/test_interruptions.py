@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from conftest import CHEAP, ROOT, saved_state
 
+pytestmark = pytest.mark.slow  # minutes each; that what SIGTERM stops goes on as the same run is tested in test_train_cli.py, always
+
 STEPS = 48
 RUN = ["--train.steps", STEPS, "--train.history-from-step", 24, "--train.log-every", 1, "--train.checkpoint-every", 5, "--train.sample-every", 1000, *CHEAP]
 
@@ -66,7 +68,7 @@ def straight(start, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, 10])
 def test_a_run_that_is_killed_is_the_same_run(start, straight, tmp_path, kills):
     rng, workdir, points = random.Random(kills), tmp_path / "run", []
     for step in sorted(rng.choices(range(STEPS // 2, STEPS), k=kills)):
@@ -83,7 +85,6 @@ def test_a_run_that_is_killed_is_the_same_run(start, straight, tmp_path, kills):
     assert_same_run(workdir, straight)
 
 
-@pytest.mark.slow
 def test_sigterm_saves_and_ends_well(start, straight, tmp_path):
     process = start(tmp_path / "run")
     wait_for_step(process, tmp_path / "run", 4)
@@ -96,7 +97,6 @@ def test_sigterm_saves_and_ends_well(start, straight, tmp_path):
     assert_same_run(tmp_path / "run", straight)
 
 
-@pytest.mark.slow
 def test_a_disk_that_is_full_costs_no_step_that_was_saved(start, straight, tmp_path):
     workdir = tmp_path / "run"
     ended(start(workdir, "--train.stop-at", 12))
@@ -145,14 +145,12 @@ def assert_close_losses(workdir, other, tolerance=1e-5):
     assert len(ours) == STEPS
 
 
-@pytest.mark.slow
 def test_two_processes_are_one(start, alone, tmp_path):
     said = [ended(process) for process in start_two(start, tmp_path / "run")]
     assert_close_losses(tmp_path / "run", alone)
     assert "8 x cpu" in said[0] and "step 1:" in said[0] and "step 1:" not in said[1], "one of them speaks"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_process_that_is_lost_ends_the_other_and_both_go_on(start, alone, tmp_path, lost):
     workdir = tmp_path / "run"
@@ -168,7 +166,6 @@ def test_a_process_that_is_lost_ends_the_other_and_both_go_on(start, alone, tmp_
     assert_close_losses(workdir, alone)
 
 
-@pytest.mark.slow
 def test_a_process_that_cannot_begin_ends_the_other(start, tmp_path):
     processes = start_two(start, tmp_path / "run", each=lambda number: ["--data.path", tmp_path / "nowhere"] if number else [])
     said = [process.communicate(timeout=90)[0] for process in processes]
@@ -176,7 +173,6 @@ def test_a_process_that_cannot_begin_ends_the_other(start, tmp_path):
     assert processes[0].returncode not in (0, None) and said[0].strip()
 
 
-@pytest.mark.slow
 def test_sigterm_to_one_process_stops_both_behind_the_same_step(start, alone, tmp_path):
     workdir = tmp_path / "run"
     processes = start_two(start, workdir)
@@ -190,7 +186,6 @@ def test_sigterm_to_one_process_stops_both_behind_the_same_step(start, alone, tm
     assert_close_losses(workdir, alone)
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_with_another_mesh(start, alone, tmp_path):
     ended(start(tmp_path / "run", *TWO, "--train.stop-at", 20, devices=8))
     other = ["--mesh.data", 1, "--mesh.fsdp", 2, "--mesh.context", 2, "--mesh.tensor", 1, "--mesh.strategy", "fsdp_context"]

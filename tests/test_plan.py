@@ -268,6 +268,13 @@ def test_the_smallest_change_that_fits_is_that_of_rematerialisation():
     assert "dp with remat none does not fit, by 23.1 GB; dp with remat full does." in advice.told(targets.parse("v5e:2x4"), advice.ranked(given))
 
 
+def test_batches_are_compared_by_sample_and_a_smaller_one_is_a_smaller_change_than_another_strategy():
+    given = [made_up("fsdp", total=40e9), made_up("fsdp", total=12e9, step=1.0, batch=0.5), made_up("fsdp_context", total=9e9, step=1.5)]
+    best, lacking = advice.told(targets.parse("v5e:2x4"), advice.ranked(given))
+    assert best.startswith("Best: fsdp_context with 1 per device, the shortest step by sample of 2 that fit: 1.500 s")
+    assert lacking == "fsdp with 1 per device does not fit, by 23.1 GB; fsdp with 0.5 per device does."
+
+
 def test_a_picture_shows_all_rows(tmp_path):
     picture.draw([made_up("dp", total=40e9), made_up("fsdp", total=9e9)], tmp_path / "rows.png")
     assert (tmp_path / "rows.png").stat().st_size > 10_000
@@ -280,7 +287,9 @@ def test_a_picture_shows_all_rows(tmp_path):
         (["--target", "cpu:2", "--strategies", "zero3"], "--strategies zero3: there is dp, fsdp"),
         (["--target", "cpu:2", "--strategies", "fsdp:4"], "--strategies fsdp:4"),
         (["--target", "cpu:2", "--remat", "some"], "--remat some: there is none, full"),
-        (["--target", "cpu:2", "--batch-per-device", "0"], "must be at least 1"),
+        (["--target", "cpu:2", "--batch-per-device", "0"], "0 is 0 samples on the 2 devices"),
+        (["--target", "cpu:2", "--batch-per-device", "1,0.75"], "0.75 is 1.5 samples on the 2 devices of cpu:2"),
+        (["--target", "cpu:2", "--batch-per-device", "all"], "--batch-per-device all must be numbers"),
         (["--target", "cpu:2", "--jobs", "0"], "--jobs 0 must be at least 1"),
         ([], "--target"),
     ],

@@ -34,20 +34,7 @@ def test_training_writes_what_others_rely_on(workdir, dataset):
     assert iio.imread(workdir / "samples" / "0000008.png").shape == (3 * 32, 9 * 32, 3)
 
 
-@pytest.mark.slow  # what is killed and goes on shows the same, and more
-def test_a_resumed_run_is_the_same_run_bit_for_bit(workdir, train_tiny, tmp_path):
-    resumed = tmp_path / "resumed"
-    train_tiny(resumed, "--train.stop-at", "4")
-    assert [path.name for path in (resumed / "checkpoints").iterdir() if path.name.isdigit()] == ["4"]
-    train_tiny(resumed)
-    straight, again = (saved_state(path, 8) for path in (workdir, resumed))
-    assert {"params", "ema", "opt_state", "step"} <= set(straight)
-    jax.tree.map(np.testing.assert_array_equal, straight, again)
-    for one, other in zip(metrics_of(workdir), metrics_of(resumed), strict=True):
-        assert [one[name] for name in ("step", "loss", "grad_norm")] == [other[name] for name in ("step", "loss", "grad_norm")]
-
-
-def test_sigterm_saves_and_ends_well(workdir, train_tiny, tmp_path, monkeypatch, capsys):
+def test_sigterm_saves_and_what_goes_on_is_the_same_run_bit_for_bit(workdir, train_tiny, tmp_path, monkeypatch, capsys):
     add = journal.Journal.add
     with monkeypatch.context() as patch:
         patch.setattr(journal.Journal, "add", lambda self, step, *rest: step == 2 and os.kill(os.getpid(), signal.SIGTERM) or add(self, step, *rest))

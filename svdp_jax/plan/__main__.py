@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import pathlib
 import sys
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--target", action="append", required=True, help="v5p:2x2x2, 2xv5e:8x8 (two slices), h100x8, h200x16, cpu:8; may be given again")
     parser.add_argument("--strategies", default="all", help=f"of {', '.join(STRATEGIES)}; inner axes have 2 devices, or as many as fsdp_context:4 or fsdp_context_tensor:4:2 say")
     parser.add_argument("--remat", help=f"of {', '.join(get_args(Remat))}; several, with commas, are compared (default: the config's)")
-    parser.add_argument("--batch-per-device", type=int, default=1, help="samples of a training step, over all devices, by the number of devices")
+    parser.add_argument("--batch-per-device", default="1", help="samples of a training step by the number of devices, as 2 or 0.25; several, with commas, are compared (default: %(default)s)")
     parser.add_argument("--program", choices=["train", "sample"], default="train", help="a training step with history, or a denoising step, for which devices share frames")
     parser.add_argument("--jobs", type=int, default=1, help="compilations at once; one takes a core or two, and up to --memory (default: %(default)s)")
     parser.add_argument("--json", type=pathlib.Path, help="write all rows here")
@@ -45,10 +46,10 @@ def main() -> None:
     found, filling = [], rows.fill(asked, limits=rows.Limits(flags.memory, flags.seconds), jobs=flags.jobs)
     with tqdm(total=len(asked), unit="row", dynamic_ncols=True) as bar, contextlib.closing(filling) as filled:
         for request in asked:
-            bar.set_description(f"{request.target.name} {request.strategy} {request.remat}")
+            bar.set_description(rows.title(request.named))
             row, kept = next(filled)
             took = "from the cache" if kept else row.get("reason") or f"compiled in {row['compile_seconds']:.0f} s"
-            bar.write(f"{request.target.name} {request.strategy} {request.remat}: {took}", file=sys.stderr)
+            bar.write(f"{rows.title(row)}: {took}", file=sys.stderr)
             bar.update()
             found.append(row)
     console = Console(width=None if sys.stdout.isatty() else 200)
@@ -78,11 +79,23 @@ def requests(flags: argparse.Namespace) -> list[rows.Request]:
     else:
         for name in names:
             advice.check_strategy(name)
-    if flags.batch_per_device < 1:
-        raise ConfigError(f"--batch-per-device {flags.batch_per_device} must be at least 1")
     if flags.jobs < 1:
         raise ConfigError(f"--jobs {flags.jobs} must be at least 1")
-    return [rows.Request(config, target, name, flags.program, flags.batch_per_device, remat) for target in chosen for name in names for remat in remats]
+    batches = batches_per_device(flags.batch_per_device, chosen) if flags.program == "train" else [1.0]
+    return [rows.Request(config, target, name, flags.program, batch, remat) for target in chosen for name in names for batch in batches for remat in remats]
+
+
+def batches_per_device(given: str, chosen: list[targets.Target]) -> list[float]:
+    """Each of what is given. ConfigError unless they are samples in all on every target."""
+    try:
+        found = list(dict.fromkeys(map(float, given.split(","))))
+    except ValueError:
+        raise ConfigError(f"--batch-per-device {given} must be numbers, with commas between them") from None
+    for batch, target in itertools.product(found, chosen):
+        samples = batch * target.count
+        if not (samples >= 1 and samples.is_integer()):
+            raise ConfigError(f"--batch-per-device {batch:g} is {samples:g} samples on the {target.count} devices of {target.name}")
+    return found
 
 
 def table(target: targets.Target, ranked: list[rows.Row]) -> Table:
@@ -90,18 +103,18 @@ def table(target: targets.Target, ranked: list[rows.Row]) -> Table:
     device = target.device
     peak = f"; a device: {device.memory:.1f} GB, {device.tflops:.0f} TFLOP/s, {device.bandwidth:.0f} GB/s" if device else " (virtual devices: kinds and axes of collectives are right, memory is another backend's)"
     drawn = Table(title=f"{target.name}: {target.count} devices{peak}", title_justify="left")
-    for name in ("strategy", "remat", "mesh", "fits", "GB", "params", "optimizer", "EMA", "rest", "temporary", "TFLOP", "sent, GB", "s/step", "MFU", "compile s"):
+    for name in ("strategy", "remat", "mesh", "batch", "fits", "GB", "params", "optimizer", "EMA", "rest", "temporary", "TFLOP", "sent, GB", "s/step", "MFU", "compile s"):
         drawn.add_column(name, justify="left" if name in ("strategy", "remat", "mesh", "sent, GB") else "right")
     for place, row in enumerate(ranked):
-        drawn.add_row(*cells(row), style="bold" if place == 0 and row.get("fits") else None)
+        drawn.add_row(*cells(row, target.count), style="bold" if place == 0 and row.get("fits") else None)
     return drawn
 
 
-def cells(row: rows.Row) -> list[str]:
-    """A row, as it is shown."""
-    head = [row["strategy"], row["remat"]]
+def cells(row: rows.Row, devices: int) -> list[str]:
+    """A row, as it is shown; `batch` is of all devices."""
+    head, batch = [row["strategy"], row["remat"]], f"{row['batch'] * devices:.0f}" if row["program"] == "train" else "1"
     if "compile_seconds" not in row:
-        return [*head, "", "no" if row["fits"] is False else "-", *[""] * 11]
+        return [*head, "", batch, "no" if row["fits"] is False else "-", *[""] * 11]
     memory, mesh = row["memory"], ",".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1)
     gigabytes = lambda *names: f"{sum(memory.get(name, 0) for name in names) / 1e9:.1f}"
     parts = [gigabytes(name) for name in ("parameters", "optimizer", "ema")] + [gigabytes("batch", "autoencoder", "constants", "latents", "padding"), gigabytes("temporaries")]
@@ -110,7 +123,7 @@ def cells(row: rows.Row) -> list[str]:
     seconds = f"{row['seconds']['step']:.3f}" if row["seconds"] else "-"
     mfu = f"{row['mfu']:.0%}" if row["mfu"] else "-"
     fits = {True: spare, False: f"no {spare}", None: "-"}[row["fits"]]
-    return [*head, mesh, fits, gigabytes("total"), *parts, f"{row['flops'] / 1e12:.1f}", sent, seconds, mfu, f"{row['compile_seconds']:.0f}"]
+    return [*head, mesh, batch, fits, gigabytes("total"), *parts, f"{row['flops'] / 1e12:.1f}", sent, seconds, mfu, f"{row['compile_seconds']:.0f}"]
 
 
 if __name__ == "__main__":

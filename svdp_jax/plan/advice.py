@@ -19,15 +19,20 @@ def check_strategy(name: str) -> None:
 
 
 def ranked(rows: list[Row]) -> list[Row]:
-    """Those that fit first, the fastest first; then those that do not, the one that lacks least first; then those of which nothing is known."""
+    """Those that fit first, the fastest by sample first; then those that do not, the one that lacks least first; then those of which nothing is known."""
 
     def rank(row: Row) -> tuple[int, float]:
         if row["fits"] is None:
             return (1 if "compile_seconds" in row else 3, float(row.get("moved", 0)))
         total = row["memory"].get("total") or row["memory"].get("needed") or float("inf")
-        return (0, row["seconds"]["step"]) if row["fits"] else (2, total)
+        return (0, by_sample(row)) if row["fits"] else (2, total)
 
     return sorted(rows, key=rank)
+
+
+def by_sample(row: Row) -> float:
+    """Seconds of a step for each sample of a device."""
+    return row["seconds"]["step"] / row["batch"]
 
 
 def sent(row: Row) -> dict[tuple[str, ...], int]:
@@ -42,12 +47,17 @@ def told(target: Target, rows: list[Row]) -> list[str]:
     """Sentences about a target's rows, which are ranked."""
     lines = []
     fitting = [row for row in rows if row["fits"]]
-    name = lambda row: row["strategy"] + (f" with remat {row['remat']}" if len({other["remat"] for other in rows}) > 1 else "")
+    differ = lambda name: len({row[name] for row in rows}) > 1
+
+    def name(row: Row) -> str:
+        which = ([f"remat {row['remat']}"] if differ("remat") else []) + ([f"{row['batch']:g} per device"] if differ("batch") else [])
+        return row["strategy"] + (" with " + " and ".join(which) if which else "")
+
     if fitting:
         best, *others = fitting
         seconds, memory = best["seconds"], best["memory"]
         bound = "sending" if seconds["interconnect"] >= seconds["compute"] else "products and memory"
-        why = f"the shortest step of {len(fitting)} that fit" if others else "the only one that fits"
+        why = f"the shortest step{' by sample' if differ('batch') else ''} of {len(fitting)} that fit" if others else "the only one that fits"
         lines.append(f"Best: {name(best)}, {why}: {seconds['step']:.3f} s, bound by {bound}, {(best['limit'] - memory['total']) / 1e9:.1f} GB to spare.")
     for row in rows:
         if row["fits"] is False:
@@ -62,5 +72,10 @@ def told(target: Target, rows: list[Row]) -> list[str]:
 
 
 def smallest(row: Row, fitting: list[Row]) -> Row:
-    """Of the rows that fit, the one that differs least: the same strategy, the same rematerialisation, then the fastest."""
-    return min(fitting, key=lambda other: (other["strategy"] != row["strategy"], other["remat"] != row["remat"], other["seconds"]["step"]))
+    """Of the rows that fit, the one that differs in least of rematerialisation, batch and strategy, rather in the former; of several the fastest by sample."""
+
+    def change(other: Row) -> tuple[int, bool, bool, float]:
+        strategy, batch, remat = (other[name] != row[name] for name in ("strategy", "batch", "remat"))
+        return strategy + batch + remat, strategy, batch, by_sample(other)
+
+    return min(fitting, key=change)

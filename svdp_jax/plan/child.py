@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import sys
@@ -33,7 +34,8 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         program = programs.LOWER[request["program"]](config, devices, target.platform)
         row |= {"mesh": program.mesh, "lower_seconds": time.perf_counter() - begun}
         begun = time.perf_counter()
-        compiled = program.lowered.compile()
+        with targets.compiler_options(target) as options:
+            compiled = program.lowered.compile(options)
     except (ConfigError, ValueError) as problem:
         return row | {"fits": None, "reason": one_line(problem)}
     except Exception as problem:  # of the compiler, which has its own for each device
@@ -65,4 +67,5 @@ def _needed(said: str) -> float | None:
 
 
 if __name__ == "__main__":
+    gc.disable()  # a process that ends soon; looking through what tracing has made takes seconds
     print(json.dumps(main(json.load(sys.stdin))))

@@ -5,24 +5,24 @@ from __future__ import annotations
 import pathlib
 
 from svdp_jax.config import ConfigError
-from svdp_jax.plan.rows import Row
+from svdp_jax.plan import rows
 
 PARTS = {"parameters": "#4c72b0", "optimizer": "#dd8452", "ema": "#55a868", "batch": "#c44e52", "autoencoder": "#8172b3", "constants": "#937860", "latents": "#c44e52", "padding": "#e0c060", "temporaries": "#b0b0b0"}
 TIMES = {"matrix": "#4c72b0", "memory": "#dd8452", "interconnect": "#c44e52", "step": "#303030"}
 
 
-def draw(rows: list[Row], path: pathlib.Path) -> None:
+def draw(found: list[rows.Row], path: pathlib.Path) -> None:
     """Writes it. ConfigError where matplotlib is missing, or there is nothing to show."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("--plot needs matplotlib: pip install -e '.[plot]'") from None
-    shown = [row for row in rows if "compile_seconds" in row][::-1]
+    shown = [row for row in found if "compile_seconds" in row][::-1]
     if not shown:
         raise ConfigError("--plot: no row was compiled")
     figure = Figure(figsize=(13, 2.2 + 0.42 * len(shown)), layout="constrained")
     memory, time = figure.subplots(1, 2, sharey=True)
-    names = [f"{row['target']}  {row['strategy']}  {row['remat']}" for row in shown]
+    names = [rows.title(row) for row in shown]
     left = [0.0] * len(shown)
     for part, colour in PARTS.items():
         widths = [row["memory"].get(part, 0) / 1e9 for row in shown]

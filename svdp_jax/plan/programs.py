@@ -77,7 +77,7 @@ def lower_sample(config: Config, devices: list[jax.Device], platform: str) -> Pr
 LOWER = {"train": lower_train, "sample": lower_sample}
 
 
-def config_for(config: Config, strategy: str, *, count: int, groups: int, program: str, batch: int, remat: str) -> Config:
+def config_for(config: Config, strategy: str, *, count: int, groups: int, program: str, batch: float, remat: str) -> Config:
     """The config on `count` devices in `groups`, with `batch` samples per device; `strategy` is a name of `sharding.STRATEGIES` and, behind colons, the
     sizes of its inner axes (context, tensor; 2 each unless given): `fsdp_context:4`, `fsdp_context_tensor:4:2`. For sampling, devices share frames, whatever it is."""
     if program == "sample":
@@ -89,7 +89,7 @@ def config_for(config: Config, strategy: str, *, count: int, groups: int, progra
         outer = count // math.prod(inner.values())
         shared = {"data": groups, "fsdp": outer // groups} if "fsdp" in name else {"data": outer}
         mesh = MeshConfig(**shared, **inner, strategy=name)
-    train = dataclasses.replace(config.train, batch=batch * count, remat=remat)
+    train = dataclasses.replace(config.train, batch=round(batch * count), remat=remat)
     return dataclasses.replace(config, mesh=mesh, train=train)
 
 

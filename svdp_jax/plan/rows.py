@@ -38,13 +38,18 @@ class Request(NamedTuple):
     target: Target
     strategy: str
     program: str  # train, sample
-    batch: int  # samples per device
+    batch: float  # samples of a step by the number of devices
     remat: str
 
     @property
     def named(self) -> Row:
         """What tells its row from others."""
         return {"target": self.target.name, "strategy": self.strategy, "program": self.program, "batch": self.batch, "remat": self.remat}
+
+
+def title(row: Row) -> str:
+    """Of a row in a list of several targets'."""
+    return " ".join([row["target"], row["strategy"], row["remat"], *([] if row["batch"] == 1 else [f"{row['batch']:g} per device"])])
 
 
 class Limits(NamedTuple):
