@@ -96,6 +96,27 @@ def test_of_an_array_that_is_sliced_in_a_fusion_the_slice_is_moved():
     assert module.moved(where, op) == 3 * 8 * 16 * 4 and times == 1
 
 
+FETCHED = """
+%double (x: f32[64,128]) -> f32[64,128] {
+  %x = f32[64,128]{1,0:T(8,128)S(1)} parameter(0)
+  ROOT %twice = f32[64,128]{1,0:T(8,128)S(1)} add(%x, %x)
+}
+
+ENTRY %main (a: f32[64,128]) -> f32[64,128] {
+  %a = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %copy-start = (f32[64,128]{1,0:T(8,128)S(1)}, f32[64,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%a)
+  %copy-done = f32[64,128]{1,0:T(8,128)S(1)} copy-done(%copy-start)
+  %fusion = f32[64,128]{1,0:T(8,128)S(1)} fusion(%copy-done), kind=kLoop, calls=%double
+  ROOT %copy = f32[64,128]{1,0:T(8,128)} copy(%fusion)
+}
+"""
+
+
+def test_what_a_tpu_keeps_on_the_chip_is_fetched_once_and_put_back_once():
+    module, array = hlo.Module(FETCHED), 64 * 128 * 4
+    assert [module.moved(where, op) for where, op, _ in module.walk()] == [array + 4, 0, array]
+
+
 def test_a_text_without_an_entry_is_refused():
     with pytest.raises(ValueError, match="nothing is marked ENTRY"):
         hlo.Module("HloModule nothing")
@@ -170,12 +191,16 @@ def test_between_two_groups_only_data_travels(strategy, mesh):
 
 @pytest.fixture(scope="module")
 def row(tmp_path_factory):
-    """Of the tests' config on four virtual devices, and the same again."""
+    """Of the tests' config on four virtual devices; the same again; and once more, as if the code had changed, but not the program."""
     request = rows.Request(load_config(TINY), targets.parse("cpu:4"), "fsdp", "train", 1, "none")
-    cache = tmp_path_factory.mktemp("plan")
-    (first,) = rows.fill([request], limits=rows.Limits(), cache=cache)
-    (again,) = rows.fill([request], limits=rows.Limits(), cache=cache)
+    directory = tmp_path_factory.mktemp("plan")
+    (first,) = rows.fill([request], limits=rows.Limits(), directory=directory)
+    (again,) = rows.fill([request], limits=rows.Limits(), directory=directory)
     assert not first[1] and again == (first[0], True)
+    (kept,) = set(directory.glob("*.json")) - {directory / f"{first[0]['lowered']}.json"}
+    kept.unlink()
+    ((found, known),) = rows.fill([request], limits=rows.Limits(), directory=directory)
+    assert known and found == first[0] | {"lower_seconds": found["lower_seconds"]} and kept.exists()
     return first[0]
 
 
@@ -200,7 +225,7 @@ def test_fsdp_sends_over_fsdp_alone(row):
 
 def test_a_compilation_that_takes_too_long_is_a_row_with_its_reason(tmp_path):
     request = rows.Request(load_config(TINY), targets.parse("cpu:2"), "dp", "train", 1, "none")
-    ((row, kept),) = rows.fill([request], limits=rows.Limits(seconds=1), cache=tmp_path)
+    ((row, kept),) = rows.fill([request], limits=rows.Limits(seconds=1), directory=tmp_path)
     assert "ended after 1 s" in row["reason"] and row["fits"] is None and not kept
     assert not list(tmp_path.glob("*.json")), "another time it may have longer"
 
@@ -227,7 +252,7 @@ def test_whoever_does_not_wait_leaves_no_compiler_behind(tmp_path, monkeypatch):
     begun, start = [], subprocess.Popen
     monkeypatch.setattr(rows.subprocess, "Popen", lambda *arguments, **how: begun.append(start(*arguments, **how)) or begun[-1])
     requests = [rows.Request(load_config(TINY), targets.parse("cpu:3"), name, "train", 1, "none") for name in ("fsdp", "dp", "dp")]
-    filled = rows.fill(requests, limits=rows.Limits(), jobs=2, cache=tmp_path)
+    filled = rows.fill(requests, limits=rows.Limits(), jobs=2, directory=tmp_path)
     assert "does not divide" in next(filled)[0]["reason"]
     closed = time.monotonic()
     filled.close()
@@ -238,7 +263,7 @@ def test_whoever_does_not_wait_leaves_no_compiler_behind(tmp_path, monkeypatch):
 
 def test_what_cannot_be_laid_out_is_a_row_with_its_reason(tmp_path):
     request = rows.Request(load_config(TINY), targets.parse("cpu:3"), "fsdp", "train", 1, "none")
-    ((row, _),) = rows.fill([request], limits=rows.Limits(), cache=tmp_path)
+    ((row, _),) = rows.fill([request], limits=rows.Limits(), directory=tmp_path)
     assert "does not divide" in row["reason"]
 
 

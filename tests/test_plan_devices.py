@@ -31,7 +31,7 @@ def row(name, strategy):
         targets.check_installed(target)
     except ConfigError as missing:
         pytest.skip(str(missing))
-    ((found, _),) = rows.fill([rows.Request(SMALL, target, strategy, "train", 1, "full")], limits=rows.Limits(), cache=CACHE)
+    ((found, _),) = rows.fill([rows.Request(SMALL, target, strategy, "train", 1, "full")], limits=rows.Limits(), directory=CACHE)
     assert "reason" not in found, found["reason"]
     return found
 

@@ -1,6 +1,6 @@
 """What is measured on frames: plain functions of numpy arrays.
 
-Frames are uint8 [N,H,W,3], RGB; `output` is what was made, `truth` what it should be. Decibels take 1 for the range of a
+Frames are uint8 [N,H,W,3], RGB; `output` is what was made, `truth` what it should be. Errors and decibels take 1 for the range of a
 pixel. `head_position` and `colour_amount` look at pixels alone, so that they measure output and truth in the same way.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
+from skimage.metrics import structural_similarity
 
 Frames = UInt8[np.ndarray, "N H W 3"]
 
@@ -16,6 +17,23 @@ Frames = UInt8[np.ndarray, "N H W 3"]
 HEAD_ROWS, EDGE_ROWS, EDGE = 0.7, 0.6, 0.08
 DIFFERENT = 30, 60  # of 255, in any channel: from where a pixel begins to be no background, to where it surely is none
 COLOUR_SPREAD = 30  # of 255: the standard deviation of the Gaussian that says how near a colour is
+
+
+def l1(output: Frames, truth: Frames) -> Float[np.ndarray, " N"]:
+    """Mean absolute error of each frame, over pixels and channels."""
+    return _error(output, truth).mean((1, 2, 3))
+
+
+def ssim(output: Frames, truth: Frames) -> Float[np.ndarray, " N"]:
+    """Structural similarity of each frame as its authors have it (Wang et al. 2004): a Gaussian window of sigma 1.5, the mean over channels."""
+    how = {"channel_axis": -1, "data_range": 255, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    return np.array([structural_similarity(*frames, **how) for frames in zip(output, truth, strict=True)])
+
+
+def temporal_error(output: Frames, truth: Frames) -> float:
+    """Mean absolute difference of what changes from frame to frame; 0 for a single frame."""
+    change = [np.diff(frames.astype(np.float32), axis=0) for frames in (output, truth)]
+    return float(np.abs(change[0] - change[1]).mean() / 255) if len(output) > 1 else 0.0
 
 
 def psnr(output: Frames, truth: Frames) -> Float[np.ndarray, " N"]:
@@ -89,8 +107,12 @@ def _centres(frames: Frames) -> tuple[Float[np.ndarray, " H"], Float[np.ndarray,
     return (np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width
 
 
+def _error(output: Frames, truth: Frames) -> Float[np.ndarray, "N H W 3"]:
+    return np.abs(output.astype(np.float32) - truth) / 255
+
+
 def _squared_error(output: Frames, truth: Frames) -> Float[np.ndarray, "N H W 3"]:
-    return np.square((output.astype(np.float32) - truth) / 255)
+    return np.square(_error(output, truth))
 
 
 def _decibels(mean_square_error: Float[np.ndarray, "*shape"] | np.floating) -> Float[np.ndarray, "*shape"] | np.floating:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import pathlib
 import re
 import sys
 import time
@@ -16,13 +17,14 @@ import jax
 
 from svdp_jax.config import Config, ConfigError, from_dict
 from svdp_jax.files import one_line
-from svdp_jax.plan import costs, programs, targets
+from svdp_jax.plan import cache, costs, programs, targets
 
 NEEDS = re.compile(r"(?:total memory required|Used) .*?([\d.]+)([GM])")
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """The row of a request: {config, target, strategy, program, batch, remat}. What cannot be compiled is a row with `reason`."""
+    """The row of a request: {config, directory, target, strategy, program, batch, remat}. What cannot be compiled is a row with `reason`; `known` says that
+    the directory has the same program's row."""
     target = targets.parse(request["target"])
     names = ("program", "batch", "remat")
     row = {name: request[name] for name in ("target", "strategy", *names)}
@@ -32,7 +34,9 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         config = programs.config_for(from_dict(Config, request["config"]), request["strategy"], count=target.count, groups=target.groups, **given)
         begun = time.perf_counter()
         program = programs.LOWER[request["program"]](config, devices, target.platform)
-        row |= {"mesh": program.mesh, "lower_seconds": time.perf_counter() - begun}
+        row |= {"mesh": program.mesh, "lower_seconds": time.perf_counter() - begun, "lowered": cache.of_program(program.lowered.as_text(), target.name)}
+        if found := cache.read(pathlib.Path(request["directory"]), row["lowered"]):
+            return found | row | {"known": True}
         begun = time.perf_counter()
         with targets.compiler_options(target) as options:
             compiled = program.lowered.compile(options)

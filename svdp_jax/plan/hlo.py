@@ -19,7 +19,8 @@ import numpy as np
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}  # others end in their number of bits
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _OP = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
-_SHAPE = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
+_SHAPE = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
+_ON_CHIP = re.compile(r":T\(.*S\([^05]\)")  # of layouts as TPUs have them: 0 is the device's memory, 5 the host's
 _FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "opt-barrier", "partition-id", "replica-id")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
 
@@ -29,6 +30,7 @@ class Array(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
+    on_chip: bool = False  # in a TPU's fast memory, not in the device's
 
     @property
     def size(self) -> int:
@@ -38,6 +40,11 @@ class Array(NamedTuple):
     def bytes(self) -> int:
         bits = _BITS.get(self.dtype) or int(re.search(r"\d+", self.dtype)[0])
         return self.size * bits // 8
+
+    @property
+    def traffic(self) -> int:
+        """Bytes that reading or writing it takes of the device's memory."""
+        return 0 if self.on_chip else self.bytes
 
 
 class Op(NamedTuple):
@@ -128,14 +135,16 @@ class Module:
 
     def moved(self, computation: str, op: Op) -> int:
         """Bytes that a scheduled operation reads and writes, each of its arrays once; of an array of which a fusion needs a slice, the slice."""
-        written = sum(array.bytes for array in op.results)
-        read = [sum(array.bytes for array in arrays) for arrays in self.operands(computation, op)]
+        written = sum(array.traffic for array in op.results)
+        read = [sum(array.traffic for array in arrays) for arrays in self.operands(computation, op)]
+        if op.kind.endswith("-start"):  # whose results name its operands again
+            written -= sum(read)
         if called := op.attribute("calls") if op.kind == "fusion" else None:
             shares = self._shares(called)
             read = [size * shares.get(number, 1.0) for number, size in enumerate(read)]
             last = self.computations[called][-1]
             if last.kind == "dynamic-update-slice":  # in place
-                written = sum(array.bytes for array in self.operands(called, last)[1])
+                written = min(written, sum(array.bytes for array in self.operands(called, last)[1]))
         elif op.kind == "dynamic-update-slice":
             read, written = [0], 2 * read[1]
         elif op.kind in ("slice", "dynamic-slice"):
@@ -227,8 +236,8 @@ def _operands(rest: str) -> tuple[str, str]:
 
 
 def _arrays(types: str) -> tuple[Array, ...]:
-    found = _SHAPE.findall(re.sub(r"\{[^{}]*\}", "", types))
-    return tuple(Array(dtype, tuple(int(n) for n in shape.split(",") if n)) for dtype, shape in found if dtype != "token")
+    found = [match for match in _SHAPE.findall(types) if match[0] != "token"]
+    return tuple(Array(dtype, tuple(int(n) for n in shape.split(",") if n), bool(_ON_CHIP.search(layout))) for dtype, shape, layout in found)
 
 
 def _branches(op: Op) -> list[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import hashlib
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -16,19 +14,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from svdp_jax import cli
 from svdp_jax.config import Config, to_dict
-from svdp_jax.plan import targets
+from svdp_jax.plan import cache, targets
+from svdp_jax.plan.cache import Row
 from svdp_jax.plan.targets import Target
 
-PACKAGE = pathlib.Path(__file__).parents[1]
-COMPILERS = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt")
 # XLA's words for an array that is gathered whole to be laid out anew.
 SPILLED = re.compile(r"Involuntary full rematerialization\..*? from sharding (\{.*?\}) to (\{.*?\}) efficiently for HLO operation %[\w.\-]+ = (\w+\[[\d,]*\])(.*)")
-
-Row = dict[str, Any]
 
 
 class Request(NamedTuple):
@@ -59,25 +54,25 @@ class Limits(NamedTuple):
     seconds: float = 1800.0
 
 
-def fill(requests: Iterable[Request], *, limits: Limits, jobs: int = 1, cache: pathlib.Path | None = None) -> Iterator[tuple[Row, bool]]:
-    """The row of each request, and whether it was in the cache (default: the user's cache directory); `jobs` are compiled at once. A compilation that
-    fails is a row with its `reason`."""
-    cache = cache or cli.cache_directory() / "plan"
-    cache.mkdir(parents=True, exist_ok=True)
-
+def fill(requests: Iterable[Request], *, limits: Limits, jobs: int = 1, directory: pathlib.Path | None = None) -> Iterator[tuple[Row, bool]]:
+    """The row of each request, and whether it was known; `jobs` are compiled at once. A compilation that fails is a row with its `reason`. `directory`
+    keeps rows (default: in the user's cache directory)."""
+    directory = directory or cli.cache_directory() / "plan"
+    directory.mkdir(parents=True, exist_ok=True)
     left = threading.Event()
 
     def one(request: Request) -> tuple[Row, bool]:
-        kept = cache / f"{_fingerprint(request)}.json"
-        if kept.exists():
-            return json.loads(kept.read_text()), True
+        name = cache.of_request({"config": to_dict(request.config), **request.named})
+        if row := cache.read(directory, name):
+            return row, True
         if left.is_set():
             return request.named, False
-        row = _compile(request, limits, left)
+        row = _compile(request, directory, limits, left)
+        known = row.pop("known", False)
         if "ended" not in row:  # where the compiler has had its say; it may have more time or memory another time
-            kept.with_suffix(".part").write_text(json.dumps(row))
-            kept.with_suffix(".part").replace(kept)
-        return row, False
+            for each in filter(None, [name, row.get("lowered")]):
+                cache.write(directory, each, row)
+        return row, known
 
     workers = concurrent.futures.ThreadPoolExecutor(jobs)
     try:
@@ -87,23 +82,10 @@ def fill(requests: Iterable[Request], *, limits: Limits, jobs: int = 1, cache: p
         workers.shutdown(cancel_futures=True)
 
 
-def _fingerprint(request: Request) -> str:
-    """Of all that a row depends on: the request, the code, the compilers."""
-    digest = hashlib.sha256(json.dumps([to_dict(request.config), request.named], sort_keys=True).encode())
-    for path in sorted(PACKAGE.rglob("*.py")):
-        digest.update(path.read_bytes())
-    for name in COMPILERS:
-        try:
-            digest.update(f"{name} {importlib.metadata.version(name)}".encode())
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return digest.hexdigest()[:32]
-
-
-def _compile(request: Request, limits: Limits, left: threading.Event) -> Row:
+def _compile(request: Request, directory: pathlib.Path, limits: Limits, left: threading.Event) -> Row:
     """In a process of its own, which is ended where it takes more time or memory than it may."""
-    environment = os.environ | targets.environment(request.target) | {"PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    asked = json.dumps({"config": to_dict(request.config), **request.named})
+    environment = os.environ | targets.environment(request.target) | {"PYTHONPATH": os.pathsep.join([str(cache.PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    asked = json.dumps({"config": to_dict(request.config), "directory": str(directory), **request.named})
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complained:
         command = [sys.executable, "-m", "svdp_jax.plan.child"]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=complained, text=True, env=environment, start_new_session=True)
@@ -121,8 +103,7 @@ def _compile(request: Request, limits: Limits, left: threading.Event) -> Row:
     if ended or process.returncode:
         last = (errors.strip().splitlines() or ["it said nothing"])[-1]
         return request.named | {"fits": None, "reason": ended or f"the compiler ended with status {process.returncode}: {last[:300]}", "ended": True}
-    row = json.loads(output.splitlines()[-1])
-    return row | {"warnings": spilled(errors)}
+    return {"warnings": spilled(errors)} | json.loads(output.splitlines()[-1])
 
 
 def spilled(said: str) -> list[str]:
