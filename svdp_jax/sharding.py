@@ -223,11 +223,19 @@ def device_grid(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarr
     by_host = slices == 1 and hosts > 1 and devices[0].platform == "cpu"
     groups = hosts if by_host else slices
     if groups == 1:
-        return mesh_utils.create_device_mesh(sizes, devices)
+        return _placed(mesh_utils.create_device_mesh, sizes, devices)
     if sizes[0] % groups:
         raise ConfigError(f"mesh.data={sizes[0]} must be a multiple of the {groups} slices or hosts: between them, only `data` crosses the slow network")
     inner = (sizes[0] // groups, *sizes[1:])
-    return mesh_utils.create_hybrid_device_mesh(inner, (groups, 1, 1, 1), devices, process_is_granule=by_host)
+    return _placed(mesh_utils.create_hybrid_device_mesh, inner, (groups, 1, 1, 1), devices, process_is_granule=by_host)
+
+
+def _placed(create: Callable[..., np.ndarray], *arguments: Any, **options: Any) -> np.ndarray:
+    """A mesh whose axes are whole axes of a TPU's torus, or, where their sizes are no products of those, as context=4 on 16x16, parts of them."""
+    try:
+        return create(*arguments, **options)
+    except NotImplementedError:
+        return create(*arguments, **options, allow_split_physical_axes=True)
 
 
 def shardings_of(tree: Any, layout: Layout) -> Any:

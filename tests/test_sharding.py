@@ -169,6 +169,17 @@ def test_a_mesh_that_would_cross_slices_otherwise_is_an_error():
         sharding.device_grid((1, 8, 1, 1), devices(8, slices=2))
 
 
+def test_an_axis_of_a_tpus_torus_may_be_divided():
+    tpu = lambda number: types.SimpleNamespace(
+        id=number, platform="tpu", device_kind="TPU v5 lite", slice_index=0, process_index=0, coords=(number % 16, number // 16, 0), core_on_chip=0
+    )
+    grid = sharding.device_grid((1, 64, 4, 1), [tpu(number) for number in range(256)])
+    assert grid.shape == (1, 64, 4, 1) and len({device.id for device in grid.flat}) == 256
+    for group in grid.reshape(64, 4):
+        reach = np.ptp([device.coords for device in group], axis=0)
+        assert reach.sum() == 3 or sorted(reach) == [0, 1, 1], "neighbours share the frames of a sample"
+
+
 def test_gpus_of_several_hosts_in_one_slice_are_one_group():
     grid = sharding.device_grid((1, 8, 1, 1), devices(8, hosts=8))  # a process per GPU, all in one NVLink domain
     assert [device.id for device in grid.flat] == list(range(8))

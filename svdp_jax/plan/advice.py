@@ -57,8 +57,8 @@ def told(target: Target, rows: list[Row]) -> list[str]:
         best, *others = fitting
         seconds, memory = best["seconds"], best["memory"]
         bound = "sending" if seconds["interconnect"] >= seconds["compute"] else "products and memory"
-        why = f"the shortest step{' by sample' if differ('batch') else ''} of {len(fitting)} that fit" if others else "the only one that fits"
-        lines.append(f"Best: {name(best)}, {why}: {seconds['step']:.3f} s, bound by {bound}, {(best['limit'] - memory['total']) / 1e9:.1f} GB to spare.")
+        why = f"the shortest step{' by sample' if differ('batch') else ''} of {len(fitting)} that fit" if others else f"the only one of {len(rows)} that fits"
+        lines.append(f"{'Best' if len(rows) > 1 else 'It fits'}: {name(best)}{f', {why}' if len(rows) > 1 else ''}: {seconds['step']:.3f} s, bound by {bound}, {(best['limit'] - memory['total']) / 1e9:.1f} GB to spare.")
     for row in rows:
         if row["fits"] is False:
             total = row["memory"].get("total") or row["memory"].get("needed")
