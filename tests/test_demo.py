@@ -15,7 +15,7 @@ from conftest import ROOT
 from svdp_jax import checkpoint, rendering
 from svdp_jax.config import load_config
 from svdp_jax.data import bundle, synthetic, video
-from svdp_jax.evaluation import metrics, rendered
+from svdp_jax.evaluation import metrics, readings, rendered
 
 DEMO = ROOT / "svdp_jax" / "assets" / "demo"
 MEASURED = ROOT / "benchmarks" / "results" / "demo_quality.json"
@@ -40,7 +40,7 @@ def test_the_bundled_portrait_follows_the_bundled_driver(python, truth, tmp_path
     frames = np.stack(list(video.read_frames(results[0])))
     copied = np.broadcast_to(still, moved.shape)
     assert metrics.psnr(frames, moved).mean() > metrics.psnr(copied, moved).mean() + 2
-    assert metrics.correlation(metrics.head_position(frames), metrics.head_position(moved)) > 0.6
+    assert metrics.correlation(readings.head_position(frames), readings.head_position(moved)) > 0.6
     assert metrics.frame_change_ratio(frames, moved) < 1.5
 
 

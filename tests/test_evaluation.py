@@ -13,7 +13,7 @@ from configs import tiny
 from svdp_jax import checkpoint, pipeline, train_state
 from svdp_jax.config import DataConfig, SampleConfig
 from svdp_jax.data import drawing, faces, loader, synthetic
-from svdp_jax.evaluation import metrics, rendered
+from svdp_jax.evaluation import metrics, readings, rendered
 from svdp_jax.models.autoencoder import fit_linear
 from svdp_jax.models.tokens import position_table
 from svdp_jax.types import Frozen
@@ -67,7 +67,7 @@ def test_head_position_is_the_centroid_before_the_background():
     frames[0, 8:16, 10:18] = 0
     frames[1, 10:18, 14:22] = 0
     frames[:, 24:, 12:20] = 0  # shoulders
-    np.testing.assert_allclose(metrics.head_position(frames), [[14 / 32, 12 / 32], [18 / 32, 14 / 32]], atol=1e-6)
+    np.testing.assert_allclose(readings.head_position(frames), [[14 / 32, 12 / 32], [18 / 32, 14 / 32]], atol=1e-6)
 
 
 def test_colour_amount_counts_near_colours_in_part():
@@ -75,7 +75,7 @@ def test_colour_amount_counts_near_colours_in_part():
     frames[0, 2, 2:4] = (110, 20, 30)  # two in the box
     frames[0, 7, 7] = (110, 20, 30)  # not in it
     frames[1, 3, 3] = (110, 20, 60)  # off by the spread
-    amount = metrics.colour_amount(frames, (110, 20, 30), np.float32([1.5, 1.5, 4.2, 4.2]))
+    amount = readings.colour_amount(frames, (110, 20, 30), np.float32([1.5, 1.5, 4.2, 4.2]))
     np.testing.assert_allclose(amount, [2, np.exp(-0.5)], atol=1e-6)
 
 
@@ -94,7 +94,7 @@ def test_what_is_measured_on_the_truth_is_the_motion_that_was_drawn():
         head, mouth = rendered.motion_of(frames, faces.regions(landmarks, margin=0.06))
         flicker = np.random.default_rng(index).normal(0, 8, (len(frames), 6, 6, 3)).repeat(16, 1).repeat(16, 2)
         flickering = np.clip(frames + flicker, 0, 255).astype(np.uint8)
-        pairs = (head[:, 0], middle[:, 0]), (head[:, 1], middle[:, 1]), (head, middle), (metrics.head_position(flickering), head), (mouth, moves.mouth_open)
+        pairs = (head[:, 0], middle[:, 0]), (head[:, 1], middle[:, 1]), (head, middle), (readings.head_position(flickering), head), (mouth, moves.mouth_open)
         found.append([metrics.correlation(*pair) for pair in pairs])
     means = np.mean(found, axis=0)
     np.testing.assert_array_less(0.93 * np.ones(5), means)

@@ -56,6 +56,12 @@ def make_detector(landmarker: str | os.PathLike | None, *, frames: int | None = 
     raise MediaError(f"landmarker {landmarker}: must be a MediaPipe .task file or a .npz file of landmarks")
 
 
+def detector_for(path: pathlib.Path, landmarker: str | os.PathLike | None, *, frames: int | None = None) -> Detector:
+    """The detector for the frames of a file: landmarks in a .npz beside it where there is one, else that of `make_detector`."""
+    beside = path.with_suffix(".npz")
+    return make_detector(beside if beside.is_file() else landmarker, frames=frames)
+
+
 def mediapipe_detector(task_path: str | os.PathLike, *, max_faces: int = 4) -> Detector:
     """MediaPipe's Face Landmarker, 478 landmarks, each image on its own."""
     if not os.path.isfile(task_path):

@@ -97,7 +97,7 @@ def centres(landmarks: Float32[np.ndarray, "*batch K 2"]) -> Float32[np.ndarray,
     return np.stack([landmarks[..., part, :].mean(axis=-2) for part in (layout.left_eye, layout.right_eye, layout.nose, layout.mouth)], axis=-2)
 
 
-def mask_frames(frames: UInt8[np.ndarray, "N H W 3"], boxes: Float32[np.ndarray, "N 4 4"]) -> UInt8[np.ndarray, "N H W 3"]:
+def mask_frames(frames: UInt8[np.ndarray, "N H W 3"], boxes: Float32[np.ndarray, "N B 4"]) -> UInt8[np.ndarray, "N H W 3"]:
     """`frames` with every pixel black whose centre lies outside all boxes of its frame."""
     masked = np.zeros_like(frames)
     first, stop = (np.maximum(edge, 0).astype(int) for edge in (np.ceil(boxes[..., :2]), np.floor(boxes[..., 2:]) + 1))

@@ -64,7 +64,7 @@ def prepare(
     frames = itertools.islice(video.read_frames(driving), max_frames)
     total = min(filter(None, (info.frames, max_frames)), default=None)
     with tqdm(frames, total=total, unit="frame", desc="faces", delay=2, dynamic_ncols=True) as seen:
-        landmarks = faces.track(iter(seen), _detector(driving, landmarker, frames=info.frames), face=driving_face, fps=info.fps, name=str(driving))
+        landmarks = faces.track(iter(seen), detectors.detector_for(driving, landmarker, frames=info.frames), face=driving_face, fps=info.fps, name=str(driving))
     if align:
         driver_crop = faces.driving_crop(landmarks, scale=data.face_scale, within=(info.width, info.height))
         crop = faces.source_crop(found, landmarks, driver_crop)
@@ -113,9 +113,4 @@ def _source_detector(path: pathlib.Path, landmarker: pathlib.Path | None) -> det
     given, beside = pathlib.Path(landmarker or os.environ.get("SVDP_FACE_LANDMARKER") or ""), path.with_suffix(".npz")
     if given.suffix == ".npz" and not beside.is_file():
         raise video.MediaError(f"landmarker {given}: holds the driver's landmarks; {path} needs its own, in {beside.name} beside it")
-    return _detector(path, landmarker)
-
-
-def _detector(path: pathlib.Path, landmarker: pathlib.Path | None, *, frames: int | None = None) -> detectors.Detector:
-    beside = path.with_suffix(".npz")
-    return detectors.make_detector(beside if beside.is_file() else landmarker, frames=frames)
+    return detectors.detector_for(path, landmarker)

@@ -30,7 +30,6 @@ from svdp_jax import cli
 from svdp_jax.config import ConfigError, DataConfig
 from svdp_jax.data import clips, detectors, faces, inputs, parts, report, shots, video, workers
 
-ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".3gp")
 PAPER = DataConfig()
 
 
@@ -112,10 +111,10 @@ def find_videos(folders: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
     found: dict[pathlib.Path, pathlib.Path] = {}  # the file itself -> where it was found, for it may be found by two ways
     for folder in folders:
         for path in _files(folder) if folder.is_dir() else [folder]:
-            if path.is_file() and (path == folder or path.suffix.lower() in ENDINGS and not path.name.startswith(".")):
+            if path.is_file() and (path == folder or path.suffix.lower() in video.ENDINGS and not path.name.startswith(".")):
                 found.setdefault(path.resolve(), path)
     if not found:
-        raise ConfigError(f"--input {' '.join(map(str, folders))} holds no video ({', '.join(ENDINGS)})")
+        raise ConfigError(f"--input {' '.join(map(str, folders))} holds no video ({', '.join(video.ENDINGS)})")
     common = os.path.commonpath([folder if folder.is_dir() else folder.parent for folder in folders])
     # Names that no text can hold are written as if they were quoted.
     names = {os.fsencode(os.path.relpath(path, common)).decode("utf-8", "backslashreplace"): path for path in found.values()}
@@ -223,7 +222,7 @@ def _detector(job: _Job, info: video.VideoInfo, rate: Fraction) -> detectors.Det
     """For the frames of the video as they are seen at `rate`."""
     beside = job.path.with_suffix(".npz")
     if beside.is_file():
-        owners = [path.name for path in job.path.parent.glob(f"{glob.escape(job.path.stem)}.*") if path.suffix.lower() in ENDINGS]
+        owners = [path.name for path in job.path.parent.glob(f"{glob.escape(job.path.stem)}.*") if path.suffix.lower() in video.ENDINGS]
         if len(owners) > 1:
             raise video.MediaError(f"landmarks {beside}: of {' or of '.join(sorted(owners))}? give the videos different names")
         landmarks = detectors.read_landmarks(beside, frames=info.frames)

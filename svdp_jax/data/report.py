@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 THUMBNAIL = 96  # pixels, height
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; font: 14px/1.4 system-ui, sans-serif; }
 body { margin: 2rem auto; max-width: 1200px; padding: 0 1rem; }
 h1 { font-size: 1.3rem; }
@@ -93,7 +93,7 @@ def _page(rows: Sequence[Row], columns: Sequence[str], *, title: str) -> str:
     most = max(counts.values())
     text = html.escape
     lines = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{text(title)}</title><style>{_STYLE}</style>",
+        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{text(title)}</title><style>{STYLE}</style>",
         f"<h1>{text(title)}</h1><table><tr><th>verdict<th>clips<th>",
     ]
     for verdict, count in counts.items():

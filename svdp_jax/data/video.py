@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 
 import av
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 
 from svdp_jax.data import stills, streams
 from svdp_jax.data.encoding import CONVERSION, KEY_EVERY, METADATA_KEYS, decode, encode, write_video
@@ -28,7 +28,9 @@ from svdp_jax.data.timing import STILL_FPS, timing_of
 from svdp_jax.files import MediaError
 
 __all__ = ["KEY_EVERY", "METADATA_KEYS", "STILL_FPS", "MediaError", "VideoInfo", "at_rate", "decode", "encode"]
-__all__ += ["probe", "read_frames", "read_image", "write_video"]
+__all__ += ["probe", "read_audio", "read_frames", "read_image", "write_video"]
+
+ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".3gp")  # of names of videos, in folders
 
 Item = TypeVar("Item")
 
@@ -96,6 +98,19 @@ def read_frames(path: str | os.PathLike) -> Iterator[UInt8[np.ndarray, "H W 3"]]
 def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
     """A still image as RGB: turned upright (EXIF), laid on white where transparent; grey and 16 bits become RGB of 8."""
     return stills.read(_existing(path))
+
+
+def read_audio(path: str | os.PathLike, rate: int) -> Float32[np.ndarray, " samples"] | None:
+    """What is heard in a video, mono, at `rate` samples a second, -1..1; None where it has no sound."""
+    with streams.open_video(_existing(path)) as container:
+        if not container.streams.audio:
+            return None
+        resampler, parts = av.AudioResampler(format="flt", layout="mono", rate=rate), []
+        with contextlib.suppress(*streams.READ_ERRORS):
+            for frame in container.decode(container.streams.audio[0]):
+                parts += [part.to_ndarray()[0] for part in resampler.resample(frame)]
+        parts += [part.to_ndarray()[0] for part in resampler.resample(None)]
+    return np.concatenate(parts).astype(np.float32) if parts else None
 
 
 def at_rate(frames: Iterable[Item], *, fps: Fraction | float, rate: Fraction | float) -> Iterator[Item]:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 
-def distance(one: Float[np.ndarray, "N D"], other: Float[np.ndarray, "M D"]) -> float:
+def distance(one: Float[np.ndarray, "N D"], other: Float[np.ndarray, "M E"]) -> float:
     """Of features in rows. ValueError where a set has fewer than two, or they have not as many features each.
 
     It is biased upwards, the more so the fewer samples there are: compare figures of equal numbers alone."""

@@ -42,7 +42,7 @@ import svdp_jax
 from svdp_jax import checkpoint, cli, pipeline, sampler, train_state
 from svdp_jax.config import Config, ConfigError, DataConfig
 from svdp_jax.data import drawing, faces, loader, synthetic, video
-from svdp_jax.evaluation import metrics
+from svdp_jax.evaluation import metrics, readings
 from svdp_jax.types import Frozen
 
 RENDERED = 128  # pixels at which the records of training are drawn, before they are shrunk to data.size
@@ -139,7 +139,7 @@ def motion_of(frames: UInt8[np.ndarray, "N H W 3"], boxes: Float32[np.ndarray, "
     """What pixels say of the motion: where the head is, and how much of the inside of the mouth is seen."""
     # One box for the clip: a box that went with the true mouth would let its motion into what is measured.
     mouth = np.concatenate([boxes[:, 3, :2].min(0), boxes[:, 3, 2:].max(0)])
-    return metrics.head_position(frames), metrics.colour_amount(frames, drawing.MOUTH_INSIDE, mouth)
+    return readings.head_position(frames), readings.colour_amount(frames, drawing.MOUTH_INSIDE, mouth)
 
 
 def summary(clips: list[dict[str, float]]) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,192 @@
+"""Measure generated videos against references: errors, the paper's learned metrics over weights that you supply, and a page to look at.
+
+    python -m svdp_jax.evaluation --generated DIR --reference DIR [--protocol self|cross] [--report out.html]
+
+self: references are the true videos; frames are compared. cross: references are the driving videos, of other people, whose motion is what
+counts, and --sources has the portraits. A reference has its video's name, or what stands behind "--" in that. docs/evaluation.md has the
+protocols, and where each metric's weights are published.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from svdp_jax import cli
+from svdp_jax.config import ConfigError
+from svdp_jax.data import detectors, faces, video
+from svdp_jax.evaluation import compare, learned, page
+from svdp_jax.files import MediaError
+
+PLAIN = {  # figure -> what it is, digits, and the sign that makes more better
+    "l1": ("mean absolute error", 4, -1),
+    "psnr": ("PSNR, dB", 2, 1),
+    "ssim": ("SSIM", 4, 1),
+    "temporal": ("temporal error: of what changes from frame to frame", 4, -1),
+    **{f"psnr_{part}": (f"PSNR, {part}, dB", 2, 1) for part in (*compare.PARTS, "rest")},
+    **{f"l1_{part}": (f"mean absolute error, {part}", 4, -1) for part in (*compare.PARTS, "rest")},
+}
+PAPER = {  # as it reports them, on data of its own
+    "self": {"l1": 0.0687, "lpips": 0.1031, "psnr": 22.97, "fvd": 50.31, "sync_d": 7.31, "sync_c": 8.01, "csim": 0.9087, "gaze_angle": 5.51},
+    "cross": {"fvd": 152.31, "sync_d": 8.48, "sync_c": 6.98, "csim": 0.7961, "gaze_angle": 10.56},
+}
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def main() -> None:
+    with cli.messages(ConfigError, MediaError):
+        flags = parse()
+        found = compare.pairs(flags.generated, flags.reference)
+        metrics = {name: learned.METRICS[name](flags.weights) for name in flags.metrics}
+        rows, failures = [], []
+        for pair in tqdm(found, unit="video", dynamic_ncols=True):
+            try:
+                rows.append(measure(pair, metrics, flags))
+            except MediaError as problem:
+                failures.append(f"{pair.name}: {problem}")
+        if not rows:
+            raise MediaError(f"no video could be measured: {failures[0]}")
+        overall = {name: metric.overall() for name, metric in metrics.items()}
+        lines = summary(rows, overall, flags.protocol)
+        show(lines, f"{len(rows)} videos, {sum(row['frames'] for row in rows)} frames, protocol {flags.protocol}")
+        record = {"protocol": flags.protocol, "videos": len(rows), "figures": means(rows) | {name: figure for one in overall.values() for name, figure in one.figures.items()}}
+        if flags.json:
+            flags.json.write_text(json.dumps(record | {"per_video": rows, "failed": failures}, indent=1) + "\n")
+        if flags.report:
+            write_page(flags, found, rows, lines, metrics)
+        for failure in failures:
+            print(f"failed: {failure}", file=sys.stderr)
+        print(json.dumps(record))
+        if failures:
+            raise MediaError(f"{len(failures)} of {len(found)} videos could not be measured; the figures are of the others")
+
+
+def measure(pair: compare.Pair, metrics: dict[str, learned.Metric], flags: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one video, by name; counts of what was not found."""
+    uses = {use for metric in metrics.values() for use in metric.uses}
+    look = lambda path, wanted: detectors.detector_for(path, flags.landmarker) if wanted else None
+    looks = look(pair.generated, "landmarks" in uses), look(pair.reference, flags.faces or "landmarks" in uses)
+    clip = learned.Clip(video.probe(pair.generated).fps, audio=video.read_audio(pair.generated, learned.AUDIO_RATE) if "audio" in uses else None)
+    if flags.sources:
+        path = source_of(pair, flags.sources)
+        picture = video.read_image(path)
+        clip = clip._replace(source=picture, source_landmarks=faces.find_face(picture, detectors.detector_for(path, flags.landmarker), name=str(path)))
+    errors = compare.Errors() if flags.protocol == "self" else None
+    for metric in metrics.values():
+        metric.begin(clip)
+    frames = 0
+    for window in compare.windows(pair, size=flags.window, looks=looks):
+        frames += len(window.generated)
+        if errors:
+            errors.add(window)
+        for metric in metrics.values():
+            metric.add(learned.Chunk(*window))
+    outcomes = [metric.finish() for metric in metrics.values()]
+    figures = errors.figures() if errors else {}
+    counts = {name: count for outcome in outcomes for name, count in outcome.counts.items()}
+    return {"name": pair.name, "frames": frames, **figures, **{name: figure for outcome in outcomes for name, figure in outcome.figures.items()}, "counts": counts}
+
+
+def source_of(pair: compare.Pair, folder: pathlib.Path) -> pathlib.Path:
+    """The portrait of a video's name. MediaError where there is none."""
+    found = [path for path in sorted(folder.glob(f"{pair.source}.*")) if path.suffix.lower() in PICTURES] if pair.source else []
+    if not found:
+        raise MediaError(f"--sources {folder} has no picture {pair.source or 'for a video whose name does not begin with SOURCE--'} ({', '.join(PICTURES)})")
+    return found[0]
+
+
+def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of each figure over the videos that have it."""
+    names = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, float))
+    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+
+
+def summary(rows: Sequence[dict[str, Any]], overall: dict[str, learned.Outcome], protocol: str) -> list[page.Line]:
+    """A line for each figure: the mean over videos, or that of all together; in how many videos it was measured; what was not found."""
+    found, paper = means(rows), PAPER[protocol]
+    joint = {name: figure for outcome in overall.values() for name, figure in outcome.figures.items()}
+    lines = []
+    for name, value in (found | joint).items():
+        title, digits, _ = PLAIN.get(name, (name, 4, 0))
+        count = "all together" if name in joint else f"{sum(name in row for row in rows)} of {len(rows)} videos"
+        lines.append(page.Line(title, f"{value:.{digits}f}", f"{paper[name]:g}" if name in paper else "", count))
+    counts = [{"frames_without_face": row.get("without_face", 0)} | row["counts"] for row in rows]
+    lost = {name: sum(count.get(name, 0) for count in counts) for name in dict.fromkeys(name for count in counts for name in count) if "without" in name}
+    return lines + [page.Line(name.replace("_", " "), str(count), "", "in all videos") for name, count in lost.items() if count]
+
+
+def show(lines: Sequence[page.Line], title: str) -> None:
+    """The summary on the terminal."""
+    drawn = Table(title=title, title_justify="left")
+    for name in ("metric", "here", "the paper, on other data", ""):
+        drawn.add_column(name, justify="left" if name in ("metric", "") else "right")
+    for line in lines:
+        drawn.add_row(*line)
+    Console(width=None if sys.stdout.isatty() else 140).print(drawn)
+
+
+def write_page(flags: argparse.Namespace, found: Sequence[compare.Pair], rows: Sequence[dict[str, Any]], lines: Sequence[page.Line], metrics: dict[str, learned.Metric]) -> None:
+    """--report: the worst videos first, by PSNR; without it, by the first figure there is."""
+    pairs = {pair.name: pair for pair in found}
+    by = "psnr" if flags.protocol == "self" else next(iter(means(rows)), "")
+    ranked = sorted(rows, key=lambda row: row.get(by, math.inf))
+    told = lambda row: ", ".join(f"{name} {value:.3g}" for name, value in row.items() if isinstance(value, float))
+    clips = [page.Clip(pairs[row["name"]], told(row)) for row in ranked[: flags.shown]]
+    curves = {PLAIN[name][0]: [row["windows"][name] for row in rows] for name in ("l1", "psnr")} if flags.protocol == "self" else {}
+    page.write(flags.report, title=f"{flags.generated.name}: {len(rows)} videos, protocol {flags.protocol}", lines=lines, curves=curves, clips=clips, notes=notes(flags, metrics))
+
+
+def notes(flags: argparse.Namespace, metrics: dict[str, learned.Metric]) -> Iterator[str]:
+    """How everything was measured."""
+    if flags.protocol == "self":
+        yield "Errors take 1 for the range of a pixel. PSNR is the mean over frames; a frame without error counts as 100 dB. SSIM: Gaussian window of sigma 1.5."
+        yield f"A window has {flags.window} frames, counted from the first frame of each video; later windows are those of longer videos."
+        if flags.faces:
+            yield "Eyes, nose and mouth are boxes around the reference's landmarks; of a clip all their pixels are taken together. Frames without a face are counted, and not in them."
+    for name, metric in metrics.items():
+        yield f"{name}: {metric.protocol}"
+
+
+def parse() -> argparse.Namespace:
+    parser = cli.ArgumentParser(prog="python -m svdp_jax.evaluation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generated", type=pathlib.Path, required=True, help="folder of videos, as sample.py writes them")
+    parser.add_argument("--reference", type=pathlib.Path, required=True, help="folder of the true videos (self), or of the driving videos (cross)")
+    parser.add_argument("--protocol", choices=["self", "cross"], default="self", help="what the references are (default: %(default)s)")
+    parser.add_argument("--sources", type=pathlib.Path, help="folder of the portraits, for identity in the cross protocol")
+    parser.add_argument("--metrics", default="", help=f"learned ones, with commas: {', '.join(learned.METRICS)} (default: none; errors need no weights)")
+    parser.add_argument("--weights", type=pathlib.Path, default=pathlib.Path("weights"), help="folder of the learned metrics' weights (default: %(default)s)")
+    parser.add_argument("--landmarker", help="face_landmarker.task, for errors of eyes, nose and mouth and for metrics of faces; a .npz beside a video comes first")
+    parser.add_argument("--window", type=int, default=16, help="frames of a window, of which errors are told apart (default: %(default)s)")
+    parser.add_argument("--report", type=pathlib.Path, help="write a page here (.html), and its videos beside it")
+    parser.add_argument("--shown", type=int, default=12, help="videos on the page, the worst first (default: %(default)s)")
+    parser.add_argument("--json", type=pathlib.Path, help="write all figures here, those of each video, too")
+    flags = parser.parse_args()
+    flags.metrics = [name for name in flags.metrics.split(",") if name]
+    if unknown := set(flags.metrics) - set(learned.METRICS):
+        raise ConfigError(f"--metrics {', '.join(sorted(unknown))}: there is {', '.join(learned.METRICS)}")
+    if flags.protocol == "cross" and not flags.metrics:
+        raise ConfigError("--protocol cross has no true frames to compare with: name learned metrics with --metrics")
+    if "csim" in flags.metrics and flags.protocol == "cross" and not flags.sources:
+        raise ConfigError("--metrics csim in the cross protocol compares with the portraits: give their folder with --sources")
+    for name in ("window", "shown"):
+        if getattr(flags, name) < 1:
+            raise ConfigError(f"--{name} {getattr(flags, name)} must be at least 1")
+    for path in filter(None, (flags.json, flags.report)):
+        if not path.parent.is_dir():
+            raise ConfigError(f"{path} cannot be written: there is no directory {path.parent}; make it first")
+    flags.faces = bool(flags.landmarker) or any(flags.reference.glob("*.npz"))
+    return flags
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Generated videos beside what they are compared with: which belong together, and, frame by frame, how far apart they are.
+
+    folders  ->  Pair of each video;  Pair  ->  figures, of which no more than a window's frames are held at a time
+
+Figures are those that need no weights: mean absolute error, PSNR, SSIM, and temporal error of whole frames; error and PSNR of eyes, nose,
+mouth and of what lies outside them, all pixels of a clip together; error and PSNR of each window, in order.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float32, UInt8
+
+from svdp_jax.config import ConfigError
+from svdp_jax.data import faces, video
+from svdp_jax.data.detectors import Detector
+from svdp_jax.evaluation import metrics
+from svdp_jax.files import MediaError
+
+BETWEEN = "--"  # of the names of source and driver in that of a video
+PARTS = {"eyes": [0, 1], "nose": [2], "mouth": [3]}  # of the boxes of `faces.regions`
+EXACT = 100.0  # dB that stand for a frame without any error
+MARGIN = 0.06  # of the boxes, in sides of the face box
+
+
+class Pair(NamedTuple):
+    """A generated video and what it is compared with."""
+
+    name: str
+    generated: pathlib.Path
+    reference: pathlib.Path
+
+    @property
+    def source(self) -> str:
+        """The name of the picture that the video was made from, as `sample.py` puts it before the driver's."""
+        return self.generated.stem.rpartition(BETWEEN)[0]
+
+
+class Window(NamedTuple):
+    """Frames of a pair from the same times."""
+
+    generated: UInt8[np.ndarray, "N H W 3"]
+    reference: UInt8[np.ndarray, "N H W 3"]
+    generated_faces: list[Float32[np.ndarray, "K 2"] | None]  # landmarks; None where no face was found, or none looked for
+    faces: list[Float32[np.ndarray, "K 2"] | None]  # of the reference
+
+
+def pairs(generated: pathlib.Path, reference: pathlib.Path) -> list[Pair]:
+    """Each video of the one folder with that of the other whose name is the same, or is what stands behind the last "--" of its own, as `sample.py`
+    names what it writes; videos that end in _concat are passed over. ConfigError, naming them, where some have none."""
+    found = {path.stem: path for path in _videos(reference)}
+    mine = [path for path in _videos(generated) if not path.stem.endswith("_concat")]
+    matched = [(path, found.get(path.stem) or found.get(path.stem.rpartition(BETWEEN)[2])) for path in mine]
+    if missing := [path.name for path, other in matched if other is None]:
+        raise ConfigError(f"--reference {reference} has nothing for {', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}: names have to be the same, or end in --NAME")
+    return [Pair(path.stem, path, other) for path, other in matched if other]
+
+
+def _videos(folder: pathlib.Path) -> list[pathlib.Path]:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder of videos")
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in video.ENDINGS and not path.name.startswith("."))
+    if not found:
+        raise ConfigError(f"{folder} holds no video ({', '.join(video.ENDINGS)})")
+    return found
+
+
+def windows(pair: Pair, *, size: int, looks: tuple[Detector | None, Detector | None] = (None, None)) -> Iterator[Window]:
+    """Of `size` frames each, the last perhaps shorter; `looks` finds faces of generated frames and of the reference's. MediaError where one video ends before the other, or their rates differ. A reference of another
+    size is brought to that of the generated frames."""
+    rates = [video.probe(path).fps for path in (pair.generated, pair.reference)]
+    if abs(rates[0] - rates[1]) > Fraction(1, 100):
+        raise MediaError(f"{pair.generated} has {float(rates[0]):g} frames a second, {pair.reference} {float(rates[1]):g}: their frames are of other times")
+    frames = [video.read_frames(path) for path in (pair.generated, pair.reference)]
+    follow, count = [faces.Tracker(), faces.Tracker()], 0
+    while True:
+        parts = [[frame for _, frame in zip(range(size), one, strict=False)] for one in frames]
+        if len(parts[0]) != len(parts[1]):
+            lengths = [count + len(part) for part in parts]
+            raise MediaError(f"{pair.generated} ends after {lengths[0]} frames or later, {pair.reference} after {lengths[1]}: they are compared frame by frame")
+        if not parts[0]:
+            return
+        count += len(parts[0])
+        mine, landmarks = ([one(look(frame)) if look else None for frame in part] for part, look, one in zip(parts, looks, follow, strict=True))
+        generated, reference = (np.stack(part) for part in parts)
+        scale = np.array(generated.shape[2:0:-1]) / reference.shape[2:0:-1]
+        landmarks = [None if face is None else ((face + 0.5) * scale - 0.5).astype(np.float32) for face in landmarks]
+        yield Window(generated, _resized(reference, *generated.shape[1:3]), mine, landmarks)
+
+
+def _resized(frames: UInt8[np.ndarray, "N H W 3"], height: int, width: int) -> UInt8[np.ndarray, "N height width 3"]:
+    if frames.shape[1:3] == (height, width):
+        return frames
+    how = cv2.INTER_AREA if frames.shape[1] > height else cv2.INTER_CUBIC
+    return np.stack([cv2.resize(frame, (width, height), interpolation=how) for frame in frames])
+
+
+class Errors:
+    """The figures of a pair, window by window: `add` each, then `figures`."""
+
+    def __init__(self) -> None:
+        self.frames: dict[str, list[float]] = {"l1": [], "psnr": [], "ssim": []}
+        self.of_windows: dict[str, list[float]] = {"l1": [], "psnr": []}
+        self.changes = [0.0, 0]  # sum of temporal errors, pairs of frames
+        self.parts = {name: np.zeros(3) for name in (*PARTS, "rest")}  # sums of absolute and of squared errors, values
+        self.last: Window | None = None
+        self.without_face = 0
+
+    def add(self, window: Window) -> None:
+        """The next frames of the pair."""
+        output, truth = window.generated, window.reference
+        found = {"l1": metrics.l1(output, truth), "psnr": np.minimum(metrics.psnr(output, truth), EXACT), "ssim": metrics.ssim(output, truth)}
+        for name, values in found.items():
+            self.frames[name] += values.tolist()
+            if name in self.of_windows:
+                self.of_windows[name].append(float(values.mean()))
+        joined = [np.concatenate([earlier[-1:], now]) for earlier, now in zip(self.last[:2], (output, truth), strict=True)] if self.last else [output, truth]
+        self.changes[0] += metrics.temporal_error(*joined) * (len(joined[0]) - 1)
+        self.changes[1] += len(joined[0]) - 1
+        self.last = window
+        seen = [number for number, face in enumerate(window.faces) if face is not None]
+        self.without_face += len(output) - len(seen)
+        if seen:
+            self._add_parts(output[seen], truth[seen], faces.regions(np.stack([window.faces[number] for number in seen]), margin=MARGIN))
+
+    def _add_parts(self, output: np.ndarray, truth: np.ndarray, boxes: Float32[np.ndarray, "N 4 4"]) -> None:
+        error = metrics.error(output, truth)
+        inside = {name: _inside(truth, boxes[:, places]) for name, places in PARTS.items()}
+        for name, where in (inside | {"rest": ~np.any(list(inside.values()), axis=0)}).items():
+            values = error[where]
+            self.parts[name] += [values.sum(dtype=np.float64), np.square(values).sum(dtype=np.float64), values.size]
+
+    def figures(self) -> dict[str, Any]:
+        """By name; lists are of windows. Parts are there where a face was found."""
+        found: dict[str, Any] = {name: float(np.mean(values)) for name, values in self.frames.items()}
+        found["temporal"] = self.changes[0] / self.changes[1] if self.changes[1] else 0.0
+        for name, (absolute, squared, count) in self.parts.items():
+            if count:
+                found |= {f"l1_{name}": absolute / count, f"psnr_{name}": min(float(-10 * np.log10(squared / count)) if squared else EXACT, EXACT)}
+        return found | {"frames": len(self.frames["l1"]), "without_face": self.without_face, "windows": self.of_windows}
+
+
+def _inside(frames: np.ndarray, boxes: Float32[np.ndarray, "N B 4"]) -> Bool[np.ndarray, "N H W"]:
+    return faces.mask_frames(np.ones_like(frames), boxes)[..., 0] > 0

@@ -1,0 +1,189 @@
+"""The evaluation of folders: what belongs together, figures by hand, what is said of what does not fit, and the page."""
+
+import json
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from skimage.metrics import peak_signal_noise_ratio
+
+from svdp_jax.config import ConfigError
+from svdp_jax.data import synthetic, video
+from svdp_jax.data.detectors import write_landmarks
+from svdp_jax.evaluation import compare, frechet, metrics, page
+from svdp_jax.files import MediaError
+
+FPS = Fraction(25)
+
+
+def write(path, frames, *, fps=FPS):
+    video.write_video(path, list(frames), fps=fps, audio_from=None, metadata={})
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two true videos of 20 frames with landmarks, and what stands for generated ones: the same with noise, which grows with time in the second."""
+    root = tmp_path_factory.mktemp("videos")
+    generated, reference = root / "generated", root / "reference"
+    generated.mkdir(), reference.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(2):
+        clip = synthetic.pair("test", number, frames=20, size=64)
+        write(reference / f"clip{number}.mp4", clip.target)
+        write_landmarks(reference / f"clip{number}.npz", clip.target_landmarks)
+        noise = rng.normal(0, 1, clip.target.shape) * (4 + number * np.arange(20)[:, None, None, None])
+        write(generated / f"face--clip{number}.mp4", np.clip(clip.target + noise, 0, 255).astype(np.uint8))
+    return generated, reference
+
+
+# ---------------------------------------------------------------------------------------------------------------- formulas
+
+
+def test_errors_by_hand():
+    output, truth = np.zeros((2, 8, 8, 3), np.uint8), np.zeros((2, 8, 8, 3), np.uint8)
+    output[1] = 51
+    np.testing.assert_allclose(metrics.l1(output, truth), [0, 0.2], atol=1e-6)
+    assert metrics.temporal_error(output, truth) == pytest.approx(0.2) and metrics.temporal_error(output[:1], truth[:1]) == 0
+    assert metrics.temporal_error(output + np.uint8(7), truth) == pytest.approx(0.2), "what does not change is no temporal error"
+
+
+def test_ssim_is_one_for_the_same_and_falls_with_noise():
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    noisy = np.clip(frames + rng.normal(0, 20, frames.shape), 0, 255).astype(np.uint8)
+    np.testing.assert_allclose(metrics.ssim(frames, frames), 1)
+    assert (metrics.ssim(noisy, frames) < 0.98).all()
+
+
+def test_frechet_distance_of_normal_distributions_is_the_formulas():
+    """Means and covariances that samples have exactly: diagonal ones, whose square root is known."""
+    rng = np.random.default_rng(0)
+    whitened = rng.normal(size=(64, 5))
+    whitened -= whitened.mean(0)
+    whitened = np.linalg.qr(whitened)[0] * np.sqrt(63)  # mean 0, covariance 1
+    one, other = np.array([1.0, 2, 3, 4, 5]), np.array([2.0, 2, 1, 4, 9])
+    found = frechet.distance(whitened * np.sqrt(one) + 1, whitened * np.sqrt(other) - 1)
+    assert found == pytest.approx(5 * 4 + np.square(np.sqrt(one) - np.sqrt(other)).sum(), rel=1e-9)
+
+
+def test_frechet_distance_where_features_are_more_than_samples():
+    rng = np.random.default_rng(1)
+    few, others = rng.normal(size=(6, 20)), rng.normal(size=(9, 20)) + 0.5
+    covariances = [np.cov(x.T) for x in (few, others)]
+    roots = np.sqrt(np.abs(np.linalg.eigvals(covariances[0] @ covariances[1]))).sum()  # of a product whose eigenvalues are real
+    expected = np.square(few.mean(0) - others.mean(0)).sum() + sum(map(np.trace, covariances)) - 2 * roots
+    assert frechet.distance(few, others) == pytest.approx(expected, rel=1e-5)
+    assert frechet.distance(few, few) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="at least 2"):
+        frechet.distance(few[:1], others)
+    with pytest.raises(ValueError, match="same length"):
+        frechet.distance(few, others[:, :3])
+
+
+# ---------------------------------------------------------------------------------------------------------------- folders
+
+
+def test_a_video_belongs_to_the_one_of_its_name_or_of_its_drivers(folders, tmp_path):
+    pairs = compare.pairs(*folders)
+    assert [(pair.name, pair.reference.name, pair.source) for pair in pairs] == [("face--clip0", "clip0.mp4", "face"), ("face--clip1", "clip1.mp4", "face")]
+    assert [pair.reference for pair in compare.pairs(folders[1], folders[1])] == [pair.reference for pair in pairs]
+    (tmp_path / "other.mp4").write_bytes(pairs[0].reference.read_bytes())
+    with pytest.raises(ConfigError, match="has nothing for face--clip0.mp4, face--clip1.mp4"):
+        compare.pairs(folders[0], tmp_path)
+
+
+def test_figures_are_those_of_all_frames_however_they_are_divided(folders):
+    pair = compare.pairs(*folders)[1]
+    found = []
+    for size in (6, 20):
+        errors = compare.Errors()
+        for window in compare.windows(pair, size=size):
+            errors.add(window)
+        found.append(errors.figures())
+    output, truth = (np.stack(list(video.read_frames(path))) for path in (pair.generated, pair.reference))
+    for figures in found:
+        assert figures["l1"] == pytest.approx(np.abs(output.astype(float) - truth).mean() / 255, rel=1e-5)
+        assert figures["psnr"] == pytest.approx(np.mean([peak_signal_noise_ratio(*frames) for frames in zip(truth, output, strict=True)]), rel=1e-5)
+        assert figures["temporal"] == pytest.approx(metrics.temporal_error(output, truth), rel=1e-5)
+        assert figures["frames"] == figures["without_face"] == 20
+    windows = found[0]["windows"]["l1"]
+    assert len(windows) == 4 and windows == sorted(windows) and windows[-1] > 2 * windows[0], "the noise grows"
+
+
+def test_errors_of_parts_are_of_the_pixels_in_their_boxes(folders):
+    pair = compare.pairs(*folders)[0]
+    frames = np.stack(list(video.read_frames(pair.reference)))
+    with np.load(pair.reference.with_suffix(".npz")) as stored:
+        landmarks = stored["landmarks"]
+    changed, mouth = frames.copy(), landmarks[:, 48:68]
+    for frame, points in zip(changed, mouth, strict=True):
+        x, y = points.mean(0).astype(int)
+        frame[y - 1 : y + 2, x - 1 : x + 2] ^= 255
+    errors = compare.Errors()
+    errors.add(compare.Window(changed, frames, [None] * 20, list(landmarks)))
+    figures = errors.figures()
+    assert figures["l1_mouth"] > 0 and figures["l1_eyes"] == figures["l1_rest"] == 0 and figures["psnr_eyes"] == compare.EXACT
+    assert figures["without_face"] == 0
+
+
+def test_videos_that_are_of_other_times_are_one_line(folders, tmp_path):
+    frames = list(video.read_frames(folders[1] / "clip0.mp4"))
+    write(tmp_path / "short.mp4", frames[:12])
+    write(tmp_path / "fast.mp4", frames, fps=Fraction(30))
+    pair = lambda name: compare.Pair("x", tmp_path / name, folders[1] / "clip0.mp4")
+    with pytest.raises(MediaError, match="ends after 12 frames or later, .*clip0.mp4 after 16: they are compared frame by frame"):
+        list(compare.windows(pair("short.mp4"), size=8))
+    with pytest.raises(MediaError, match="fast.mp4 has 30 frames a second, .*clip0.mp4 25"):
+        list(compare.windows(pair("fast.mp4"), size=8))
+
+
+def test_a_reference_of_another_size_is_brought_to_that_of_the_video(folders, tmp_path):
+    large = synthetic.pair("test", 0, frames=20, size=128)
+    write(tmp_path / "clip0.mp4", large.target)
+    (window, *_) = compare.windows(compare.Pair("x", folders[0] / "face--clip0.mp4", tmp_path / "clip0.mp4"), size=20, looks=(None, lambda frame: large.target_landmarks[:1]))
+    assert window.reference.shape == window.generated.shape and metrics.psnr(window.generated, window.reference).mean() > 25
+    small = synthetic.pair("test", 0, frames=1, size=64).target_landmarks[0]
+    np.testing.assert_allclose(window.faces[0], small, atol=0.02)
+
+
+# ------------------------------------------------------------------------------------------------------------ command, page
+
+
+def test_the_command_prints_a_table_and_writes_figures_and_a_page(folders, tmp_path, python):
+    flags = ["--generated", folders[0], "--reference", folders[1], "--window", 8, "--report", tmp_path / "page.html", "--json", tmp_path / "figures.json"]
+    done = python("-m", "svdp_jax.evaluation", *flags)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert "PSNR, mouth, dB" in done.stdout and record["videos"] == 2 and {"l1", "psnr_eyes"} <= set(record["figures"])
+    kept = json.loads((tmp_path / "figures.json").read_text())
+    assert kept["figures"] == record["figures"] and [len(one["windows"]["l1"]) for one in kept["per_video"]] == [3, 3]
+    text = (tmp_path / "page.html").read_text()
+    assert text.index("face--clip1") < text.index("face--clip0"), "the worst first"
+    assert text.count("<svg") == 2 and "22.97" in text and "the paper, on other data" in text
+    first = next(video.read_frames(tmp_path / "page_clips" / "000.mp4"))
+    assert first.shape == (page.HEIGHT, 2 * page.HEIGHT, 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--metrics", "fid"], "--metrics fid: there is lpips, fvd, csim, sync, gaze"),
+        (["--protocol", "cross"], "--protocol cross has no true frames to compare with"),
+        (["--protocol", "cross", "--metrics", "csim"], "give their folder with --sources"),
+        (["--window", "0"], "--window 0 must be at least 1"),
+        (["--report", "nowhere/page.html"], "there is no directory nowhere"),
+        (["--metrics", "lpips", "--weights", "nowhere"], "alexnet-owt-7be5be79.pth"),
+    ],
+)
+def test_a_mistake_is_one_line(folders, python, flags, said):
+    done = python("-m", "svdp_jax.evaluation", "--generated", folders[0], "--reference", folders[1], *flags)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_video_that_cannot_be_measured_does_not_stop_the_others(folders, tmp_path, python):
+    for pair in compare.pairs(*folders):
+        (tmp_path / pair.generated.name).write_bytes(pair.generated.read_bytes())
+    write(tmp_path / "face--clip0.mp4", list(video.read_frames(folders[1] / "clip0.mp4"))[:5])
+    done = python("-m", "svdp_jax.evaluation", "--generated", tmp_path, "--reference", folders[1])
+    assert done.returncode == 2 and json.loads(done.stdout.splitlines()[-1])["videos"] == 1
+    assert "failed: face--clip0: " in done.stderr and "1 of 2 videos could not be measured" in done.stderr.splitlines()[-1]
