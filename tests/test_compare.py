@@ -3,6 +3,8 @@
 import json
 from fractions import Fraction
 
+import av
+import imageio.v3 as iio
 import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio
@@ -10,7 +12,8 @@ from skimage.metrics import peak_signal_noise_ratio
 from svdp_jax.config import ConfigError
 from svdp_jax.data import synthetic, video
 from svdp_jax.data.detectors import write_landmarks
-from svdp_jax.evaluation import compare, frechet, metrics, page
+from svdp_jax.evaluation import __main__ as command
+from svdp_jax.evaluation import compare, frechet, learned, metrics, page
 from svdp_jax.files import MediaError
 
 FPS = Fraction(25)
@@ -96,7 +99,7 @@ def test_figures_are_those_of_all_frames_however_they_are_divided(folders):
     pair = compare.pairs(*folders)[1]
     found = []
     for size in (6, 20):
-        errors = compare.Errors()
+        errors = compare.Errors(parts=False)
         for window in compare.windows(pair, size=size):
             errors.add(window)
         found.append(errors.figures())
@@ -105,7 +108,7 @@ def test_figures_are_those_of_all_frames_however_they_are_divided(folders):
         assert figures["l1"] == pytest.approx(np.abs(output.astype(float) - truth).mean() / 255, rel=1e-5)
         assert figures["psnr"] == pytest.approx(np.mean([peak_signal_noise_ratio(*frames) for frames in zip(truth, output, strict=True)]), rel=1e-5)
         assert figures["temporal"] == pytest.approx(metrics.temporal_error(output, truth), rel=1e-5)
-        assert figures["frames"] == figures["without_face"] == 20
+        assert "without_face" not in figures and "l1_eyes" not in figures, "none was looked for"
     windows = found[0]["windows"]["l1"]
     assert len(windows) == 4 and windows == sorted(windows) and windows[-1] > 2 * windows[0], "the noise grows"
 
@@ -119,11 +122,11 @@ def test_errors_of_parts_are_of_the_pixels_in_their_boxes(folders):
     for frame, points in zip(changed, mouth, strict=True):
         x, y = points.mean(0).astype(int)
         frame[y - 1 : y + 2, x - 1 : x + 2] ^= 255
-    errors = compare.Errors()
-    errors.add(compare.Window(changed, frames, [None] * 20, list(landmarks)))
+    errors = compare.Errors(parts=True)
+    errors.add(compare.Window(changed, frames, [None] * 20, [*landmarks[:19], None]))
     figures = errors.figures()
     assert figures["l1_mouth"] > 0 and figures["l1_eyes"] == figures["l1_rest"] == 0 and figures["psnr_eyes"] == compare.EXACT
-    assert figures["without_face"] == 0
+    assert figures["without_face"] == 1
 
 
 def test_videos_that_are_of_other_times_are_one_line(folders, tmp_path):
@@ -131,7 +134,7 @@ def test_videos_that_are_of_other_times_are_one_line(folders, tmp_path):
     write(tmp_path / "short.mp4", frames[:12])
     write(tmp_path / "fast.mp4", frames, fps=Fraction(30))
     pair = lambda name: compare.Pair("x", tmp_path / name, folders[1] / "clip0.mp4")
-    with pytest.raises(MediaError, match="ends after 12 frames or later, .*clip0.mp4 after 16: they are compared frame by frame"):
+    with pytest.raises(MediaError, match="short.mp4 ends after 12 frames, .*clip0.mp4 goes on: they are compared frame by frame"):
         list(compare.windows(pair("short.mp4"), size=8))
     with pytest.raises(MediaError, match="fast.mp4 has 30 frames a second, .*clip0.mp4 25"):
         list(compare.windows(pair("fast.mp4"), size=8))
@@ -172,12 +175,77 @@ def test_the_command_prints_a_table_and_writes_figures_and_a_page(folders, tmp_p
         (["--protocol", "cross", "--metrics", "csim"], "give their folder with --sources"),
         (["--window", "0"], "--window 0 must be at least 1"),
         (["--report", "nowhere/page.html"], "there is no directory nowhere"),
-        (["--metrics", "lpips", "--weights", "nowhere"], "alexnet-owt-7be5be79.pth"),
+        (["--protocol", "cross", "--metrics", "lpips"], "compares with true frames"),
+        (["--metrics", "gaze"], "--metrics gaze needs the faces of the generated videos"),
+        (["--json", "."], "it is a directory"),
     ],
 )
 def test_a_mistake_is_one_line(folders, python, flags, said):
     done = python("-m", "svdp_jax.evaluation", "--generated", folders[0], "--reference", folders[1], *flags)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+class Counting:
+    """A metric that counts frames, and wants no weights."""
+
+    name, uses, needs, protocol = "counting", ("audio",), (), "Frames are counted."
+
+    def __init__(self, folder):
+        self.clips = []
+
+    def begin(self, clip):
+        self.clip, self.number = clip, 0
+
+    def add(self, chunk):
+        assert chunk.generated.shape == chunk.reference.shape and len(chunk.generated_landmarks) == len(chunk.generated)
+        self.number += len(chunk.generated)
+
+    def finish(self):
+        self.clips.append(self.number)
+        return learned.Outcome({"csim": float(len(self.clips))}, {"frames": self.number, "generated_without_face": 3})
+
+    def overall(self):
+        return learned.Outcome({"fvd": float(sum(self.clips))}, {"windows": len(self.clips)})
+
+
+def test_learned_metrics_see_all_frames_and_what_they_count_is_told(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(learned, "METRICS", {"csim": Counting, "fvd": Counting})
+    for pair in compare.pairs(*folders):
+        (tmp_path / pair.generated.name).write_bytes(pair.generated.read_bytes())
+    picture = synthetic.pair("test", 0, frames=1, size=64)
+    (tmp_path / "sources").mkdir()
+    iio.imwrite(tmp_path / "sources" / "face.png", picture.target[0])
+    write_landmarks(tmp_path / "sources" / "face.npz", picture.target_landmarks[:1])
+    flags = ["--generated", tmp_path, "--reference", folders[1], "--protocol", "cross", "--sources", tmp_path / "sources", "--metrics", "csim, fvd"]
+    monkeypatch.setattr("sys.argv", ["evaluation", *map(str, flags), "--report", str(tmp_path / "page.html")])
+    command.main()
+    said = capsys.readouterr().out
+    record = json.loads(said.splitlines()[-1])
+    assert record["figures"] == {"csim": 1.5, "fvd": 40.0} and record["together"]["fvd"]["counts"] == {"windows": 2}
+    assert "csim: generated without face" in said and "all together: 2 windows" in said
+    text = (tmp_path / "page.html").read_text()
+    assert text.index("face--clip0") < text.index("face--clip1") and "the worst first, by csim" in text and "Frames are counted." in text
+
+
+@pytest.mark.parametrize(("channels", "rate"), [(1, 44100), (2, 48000)])
+def test_sound_is_heard_at_the_rate_that_is_asked_for(tmp_path, channels, rate):
+    tone = np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
+    with av.open(str(tmp_path / "tone.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=rate, layout="mono" if channels == 1 else "stereo")
+        frame = av.AudioFrame.from_ndarray(np.repeat(tone[None], channels, 0).astype(np.float32), format="fltp", layout=stream.layout.name)
+        frame.sample_rate = rate
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    video.write_video(tmp_path / "video.mp4", [np.zeros((32, 32, 3), np.uint8)] * 25, fps=FPS, audio_from=tmp_path / "tone.mp4", metadata={})
+    heard = video.read_audio(tmp_path / "video.mp4", 16000)
+    assert abs(len(heard) - 16000) < 2100  # AAC fills up its last frame
+    middle = heard[2000:10000]
+    assert np.abs(np.fft.rfft(middle)).argmax() * 16000 / 8000 == pytest.approx(440, abs=2)
+    assert np.sqrt(np.square(middle).mean()) == pytest.approx(np.sqrt(0.5), rel=0.1), "as loud as it was, to what AAC changes"
+
+
+def test_a_video_without_sound_has_none(folders):
+    assert video.read_audio(folders[0] / "face--clip0.mp4", 16000) is None
 
 
 def test_a_video_that_cannot_be_measured_does_not_stop_the_others(folders, tmp_path, python):

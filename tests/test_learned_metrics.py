@@ -262,6 +262,14 @@ def test_every_window_of_all_videos_counts_however_frames_arrive(vit, rng):
     assert "every 20 frames" in metric.protocol
 
 
+def test_a_clip_that_is_not_finished_does_not_count(vit):
+    metric = fvd.Fvd(vit)
+    metric.begin(CLIP)
+    metric.add(Chunk(*np.zeros((2, 40, 8, 8, 3), np.uint8)))  # and then its video ends before the reference
+    metric.begin(CLIP)
+    assert metric.finish().counts["windows"] == 0 and metric.overall().counts["windows"] == 0
+
+
 def test_one_window_gives_no_distance(vit):
     metric = fvd.Fvd(vit)
     metric.begin(CLIP)

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import pytest
 from svdp_jax.config import ConfigError, load_config
 from svdp_jax.models import flops
 from svdp_jax.plan import __main__ as plan
-from svdp_jax.plan import advice, costs, hlo, picture, programs, rows, targets
+from svdp_jax.plan import advice, cache, costs, hlo, picture, programs, rows, targets
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny.py"
@@ -115,6 +116,49 @@ ENTRY %main (a: f32[64,128]) -> f32[64,128] {
 def test_what_a_tpu_keeps_on_the_chip_is_fetched_once_and_put_back_once():
     module, array = hlo.Module(FETCHED), 64 * 128 * 4
     assert [module.moved(where, op) for where, op, _ in module.walk()] == [array + 4, 0, array]
+
+
+SLICED = """
+ENTRY %main (a: f32[64,128]) -> f32[64,128] {
+  %a = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %dynamic-slice = f32[8,128]{1,0:T(8,128)S(1)} dynamic-slice(%a, %zero, %zero), dynamic_slice_sizes={8,128}
+  %slice-start = ((f32[64,128]{1,0:T(8,128)}), f32[8,128]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) slice-start(%a), slice={[0:8], [0:128]}
+  ROOT %update = f32[64,128]{1,0:T(8,128)} dynamic-update-slice(%a, %dynamic-slice, %zero, %zero)
+}
+"""
+
+
+def test_of_an_array_that_is_sliced_onto_the_chip_the_slice_is_moved():
+    module, part = hlo.Module(SLICED), 8 * 128 * 4
+    assert [module.moved(where, op) for where, op, _ in module.walk()] == [part, part, part]
+
+
+def test_for_gpus_nothing_is_assembled(tmp_path, monkeypatch):
+    """A stand-in for ptxas that knows its version, and writes an empty file."""
+    real = tmp_path / "with a space" / "nvidia" / "cu13" / "bin" / "ptxas"
+    real.parent.mkdir(parents=True)
+    real.write_text("#!/bin/sh\necho release 13.5\n")
+    real.chmod(0o755)
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(real.parents[2])]) if name == "nvidia" else None)
+    with targets.compiler_options(targets.parse("h100x8")) as options:
+        assembler = pathlib.Path(options["xla_gpu_cuda_data_dir"], "bin", "ptxas")
+        assert subprocess.run([assembler, "--version"], capture_output=True, text=True, check=True).stdout == "release 13.5\n"
+        subprocess.run([assembler, "in.ptx", "-o", tmp_path / "out.cubin", "-arch=sm_90a"], check=True)
+    assert (tmp_path / "out.cubin").read_bytes() == b"" and not assembler.exists()
+    with targets.compiler_options(targets.parse("cpu:8")) as options:
+        assert options == {}
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+    with targets.compiler_options(targets.parse("h100x8")) as options:
+        assert options == {}, "XLA's own, then"
+
+
+def test_the_name_of_a_program_is_that_of_all_that_its_row_depends_on(monkeypatch):
+    name = cache.of_program("text", "v5p:2x2x2", {"fsdp": 8}, 1.0)
+    assert name == cache.of_program("text", "v5p:2x2x2", {"fsdp": 8}, 1.0)
+    assert name not in (cache.of_program("text", "v5p:2x2x2", {"fsdp": 8}, 2.0), cache.of_program("text", "v5p:2x2x1", {"fsdp": 8}, 1.0))
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_something")
+    assert name != cache.of_program("text", "v5p:2x2x2", {"fsdp": 8}, 1.0)
 
 
 def test_a_text_without_an_entry_is_refused():

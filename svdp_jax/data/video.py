@@ -101,16 +101,21 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def read_audio(path: str | os.PathLike, rate: int) -> Float32[np.ndarray, " samples"] | None:
-    """What is heard in a video, mono, at `rate` samples a second, -1..1; None where it has no sound."""
+    """What is heard in a video, mono, at `rate` samples a second, -1..1, up to where it is damaged, which is a warning; None where it has no sound.
+    MediaError where its sound changes its kind midway."""
     with streams.open_video(_existing(path)) as container:
         if not container.streams.audio:
             return None
-        resampler, parts = av.AudioResampler(format="flt", layout="mono", rate=rate), []
-        with contextlib.suppress(*streams.READ_ERRORS):
+        resampler, parts = av.AudioResampler(format="s16", layout="mono", rate=rate), []  # of whole numbers; as floats, channels would be added up
+        try:
             for frame in container.decode(container.streams.audio[0]):
                 parts += [part.to_ndarray()[0] for part in resampler.resample(frame)]
+        except streams.READ_ERRORS:
+            warnings.warn(f"{path}: its sound is damaged after {sum(map(len, parts)) / rate:.1f} s; what is before that is heard", stacklevel=1)
+        except ValueError as error:
+            raise MediaError(f"{path}: its sound changes rate or channels midway; re-encode it") from error
         parts += [part.to_ndarray()[0] for part in resampler.resample(None)]
-    return np.concatenate(parts).astype(np.float32) if parts else None
+    return np.concatenate(parts).astype(np.float32) / 32768 if parts else None
 
 
 def at_rate(frames: Iterable[Item], *, fps: Fraction | float, rate: Fraction | float) -> Iterator[Item]:

@@ -14,6 +14,7 @@ import json
 import math
 import pathlib
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,25 +23,25 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from svdp_jax import cli
+from svdp_jax import cli, files
 from svdp_jax.config import ConfigError
 from svdp_jax.data import detectors, faces, video
 from svdp_jax.evaluation import compare, learned, page
 from svdp_jax.files import MediaError
 
-PLAIN = {  # figure -> what it is, digits, and the sign that makes more better
-    "l1": ("mean absolute error", 4, -1),
-    "psnr": ("PSNR, dB", 2, 1),
-    "ssim": ("SSIM", 4, 1),
-    "temporal": ("temporal error: of what changes from frame to frame", 4, -1),
-    **{f"psnr_{part}": (f"PSNR, {part}, dB", 2, 1) for part in (*compare.PARTS, "rest")},
-    **{f"l1_{part}": (f"mean absolute error, {part}", 4, -1) for part in (*compare.PARTS, "rest")},
+PLAIN = {  # figure -> what it is, digits
+    "l1": ("mean absolute error", 4),
+    "psnr": ("PSNR, dB", 2),
+    "ssim": ("SSIM", 4),
+    "temporal": ("temporal error: of what changes from frame to frame", 4),
+    **{f"psnr_{part}": (f"PSNR, {part}, dB", 2) for part in (*compare.PARTS, "rest")},
+    **{f"l1_{part}": (f"mean absolute error, {part}", 4) for part in (*compare.PARTS, "rest")},
 }
+RANKS = {"psnr": 1, "csim": 1, "sync_c": 1, "lpips": -1, "gaze_angle": -1}  # the first that there is says which video is worst; the sign that makes more better
 PAPER = {  # as it reports them, on data of its own
     "self": {"l1": 0.0687, "lpips": 0.1031, "psnr": 22.97, "fvd": 50.31, "sync_d": 7.31, "sync_c": 8.01, "csim": 0.9087, "gaze_angle": 5.51},
     "cross": {"fvd": 152.31, "sync_d": 8.48, "sync_c": 6.98, "csim": 0.7961, "gaze_angle": 10.56},
 }
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def main() -> None:
@@ -59,29 +60,33 @@ def main() -> None:
         overall = {name: metric.overall() for name, metric in metrics.items()}
         lines = summary(rows, overall, flags.protocol)
         show(lines, f"{len(rows)} videos, {sum(row['frames'] for row in rows)} frames, protocol {flags.protocol}")
-        record = {"protocol": flags.protocol, "videos": len(rows), "figures": means(rows) | {name: figure for one in overall.values() for name, figure in one.figures.items()}}
-        if flags.json:
-            flags.json.write_text(json.dumps(record | {"per_video": rows, "failed": failures}, indent=1) + "\n")
-        if flags.report:
-            write_page(flags, found, rows, lines, metrics)
         for failure in failures:
             print(f"failed: {failure}", file=sys.stderr)
+        joint = {name: outcome._asdict() for name, outcome in overall.items() if outcome.counts}
+        record = {"protocol": flags.protocol, "videos": len(rows), "figures": means(rows) | joint_figures(overall), "together": joint}
+        if flags.json:
+            with files.whole(flags.json) as partial:
+                partial.write_text(json.dumps(record | {"per_video": rows, "failed": failures}, indent=1) + "\n")
         print(json.dumps(record))
+        if flags.report:
+            write_page(flags, found, rows, lines, metrics)
         if failures:
             raise MediaError(f"{len(failures)} of {len(found)} videos could not be measured; the figures are of the others")
 
 
 def measure(pair: compare.Pair, metrics: dict[str, learned.Metric], flags: argparse.Namespace) -> dict[str, Any]:
-    """The figures of one video, by name; counts of what was not found."""
+    """The figures of one video, by name, and of each learned metric what it counted. MediaError where it cannot be measured."""
     uses = {use for metric in metrics.values() for use in metric.uses}
-    look = lambda path, wanted: detectors.detector_for(path, flags.landmarker) if wanted else None
-    looks = look(pair.generated, "landmarks" in uses), look(pair.reference, flags.faces or "landmarks" in uses)
+    known = lambda path: flags.landmarker or path.with_suffix(".npz").is_file()
+    look = lambda path, wanted: detectors.detector_for(path, flags.landmarker, frames=video.probe(path).frames) if wanted else None
+    parts = flags.protocol == "self" and bool(known(pair.reference))
+    looks = look(pair.generated, "landmarks" in uses), look(pair.reference, parts or "landmarks" in uses)
     clip = learned.Clip(video.probe(pair.generated).fps, audio=video.read_audio(pair.generated, learned.AUDIO_RATE) if "audio" in uses else None)
-    if flags.sources:
+    if "csim" in metrics and flags.protocol == "cross":
         path = source_of(pair, flags.sources)
         picture = video.read_image(path)
         clip = clip._replace(source=picture, source_landmarks=faces.find_face(picture, detectors.detector_for(path, flags.landmarker), name=str(path)))
-    errors = compare.Errors() if flags.protocol == "self" else None
+    errors = compare.Errors(parts=parts) if flags.protocol == "self" else None
     for metric in metrics.values():
         metric.begin(clip)
     frames = 0
@@ -93,15 +98,15 @@ def measure(pair: compare.Pair, metrics: dict[str, learned.Metric], flags: argpa
             metric.add(learned.Chunk(*window))
     outcomes = [metric.finish() for metric in metrics.values()]
     figures = errors.figures() if errors else {}
-    counts = {name: count for outcome in outcomes for name, count in outcome.counts.items()}
+    counts = {name: outcome.counts for name, outcome in zip(metrics, outcomes, strict=True)}
     return {"name": pair.name, "frames": frames, **figures, **{name: figure for outcome in outcomes for name, figure in outcome.figures.items()}, "counts": counts}
 
 
 def source_of(pair: compare.Pair, folder: pathlib.Path) -> pathlib.Path:
     """The portrait of a video's name. MediaError where there is none."""
-    found = [path for path in sorted(folder.glob(f"{pair.source}.*")) if path.suffix.lower() in PICTURES] if pair.source else []
+    found = [path for path in sorted(folder.iterdir()) if path.stem == pair.source and path.suffix != ".npz"] if pair.source else []
     if not found:
-        raise MediaError(f"--sources {folder} has no picture {pair.source or 'for a video whose name does not begin with SOURCE--'} ({', '.join(PICTURES)})")
+        raise MediaError(f"--sources {folder} has no picture {pair.source or 'for a video whose name does not begin with SOURCE--'}")
     return found[0]
 
 
@@ -113,16 +118,30 @@ def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def summary(rows: Sequence[dict[str, Any]], overall: dict[str, learned.Outcome], protocol: str) -> list[page.Line]:
     """A line for each figure: the mean over videos, or that of all together; in how many videos it was measured; what was not found."""
-    found, paper = means(rows), PAPER[protocol]
-    joint = {name: figure for outcome in overall.values() for name, figure in outcome.figures.items()}
+    found, joint, paper = means(rows), joint_figures(overall), PAPER[protocol]
+    told = lambda counts: ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
     lines = []
     for name, value in (found | joint).items():
-        title, digits, _ = PLAIN.get(name, (name, 4, 0))
-        count = "all together" if name in joint else f"{sum(name in row for row in rows)} of {len(rows)} videos"
+        title, digits = PLAIN.get(name, (name, 4))
+        count = f"{sum(name in row for row in rows)} of {len(rows)} videos"
+        if name in joint:
+            count = f"all together: {told(next(outcome.counts for outcome in overall.values() if name in outcome.figures))}"
         lines.append(page.Line(title, f"{value:.{digits}f}", f"{paper[name]:g}" if name in paper else "", count))
-    counts = [{"frames_without_face": row.get("without_face", 0)} | row["counts"] for row in rows]
-    lost = {name: sum(count.get(name, 0) for count in counts) for name in dict.fromkeys(name for count in counts for name in count) if "without" in name}
-    return lines + [page.Line(name.replace("_", " "), str(count), "", "in all videos") for name, count in lost.items() if count]
+    if lost := sum(row.get("without_face", 0) for row in rows):
+        lines.append(page.Line("frames of references without a face", str(lost), "", "not in eyes, nose, mouth and rest"))
+    for metric, outcome in overall.items():
+        counts: Counter[str] = Counter()
+        for row in rows:
+            counts.update(row["counts"][metric])
+        if not any(name.split("_")[0] == metric for name in found | joint):
+            lines.append(page.Line(metric, "not measured", "", told(outcome.counts or counts)))
+        lines += [page.Line(f"{metric}: {name.replace('_', ' ')}", str(count), "", "in all videos") for name, count in counts.items() if "without" in name and count]
+    return lines
+
+
+def joint_figures(overall: dict[str, learned.Outcome]) -> dict[str, float]:
+    """Those of all videos together."""
+    return {name: figure for outcome in overall.values() for name, figure in outcome.figures.items()}
 
 
 def show(lines: Sequence[page.Line], title: str) -> None:
@@ -135,24 +154,29 @@ def show(lines: Sequence[page.Line], title: str) -> None:
     Console(width=None if sys.stdout.isatty() else 140).print(drawn)
 
 
-def write_page(flags: argparse.Namespace, found: Sequence[compare.Pair], rows: Sequence[dict[str, Any]], lines: Sequence[page.Line], metrics: dict[str, learned.Metric]) -> None:
-    """--report: the worst videos first, by PSNR; without it, by the first figure there is."""
+def write_page(
+    flags: argparse.Namespace, found: Sequence[compare.Pair], rows: Sequence[dict[str, Any]], lines: Sequence[page.Line], metrics: dict[str, learned.Metric]
+) -> None:
+    """--report: the worst videos first, by the first figure of RANKS that there is."""
     pairs = {pair.name: pair for pair in found}
-    by = "psnr" if flags.protocol == "self" else next(iter(means(rows)), "")
-    ranked = sorted(rows, key=lambda row: row.get(by, math.inf))
+    by = next((name for name in RANKS if name in means(rows)), "")
+    ranked = sorted(rows, key=lambda row: RANKS[by] * row[by] if by in row else math.inf)
     told = lambda row: ", ".join(f"{name} {value:.3g}" for name, value in row.items() if isinstance(value, float))
     clips = [page.Clip(pairs[row["name"]], told(row)) for row in ranked[: flags.shown]]
     curves = {PLAIN[name][0]: [row["windows"][name] for row in rows] for name in ("l1", "psnr")} if flags.protocol == "self" else {}
-    page.write(flags.report, title=f"{flags.generated.name}: {len(rows)} videos, protocol {flags.protocol}", lines=lines, curves=curves, clips=clips, notes=notes(flags, metrics))
+    title = f"{flags.generated.resolve().name}: {len(rows)} videos, protocol {flags.protocol}"
+    page.write(flags.report, title=title, lines=lines, curves=curves, clips=clips, order=f"the worst first, by {by}" if by else "", notes=notes(flags, metrics))
 
 
 def notes(flags: argparse.Namespace, metrics: dict[str, learned.Metric]) -> Iterator[str]:
     """How everything was measured."""
     if flags.protocol == "self":
-        yield "Errors take 1 for the range of a pixel. PSNR is the mean over frames; a frame without error counts as 100 dB. SSIM: Gaussian window of sigma 1.5."
+        yield (
+            "Figures are means over videos, of means over frames. Errors take 1 for the range of a pixel; which range the paper's mean absolute error takes it does not "
+            "say: of -1 to 1, it would be half of what stands here. A frame without error counts as 100 dB. SSIM: Gaussian window of sigma 1.5."
+        )
         yield f"A window has {flags.window} frames, counted from the first frame of each video; later windows are those of longer videos."
-        if flags.faces:
-            yield "Eyes, nose and mouth are boxes around the reference's landmarks; of a clip all their pixels are taken together. Frames without a face are counted, and not in them."
+        yield "Eyes, nose and mouth are boxes around the reference's landmarks, where it has any; of a clip all their pixels are taken together."
     for name, metric in metrics.items():
         yield f"{name}: {metric.protocol}"
 
@@ -171,20 +195,26 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shown", type=int, default=12, help="videos on the page, the worst first (default: %(default)s)")
     parser.add_argument("--json", type=pathlib.Path, help="write all figures here, those of each video, too")
     flags = parser.parse_args()
-    flags.metrics = [name for name in flags.metrics.split(",") if name]
+    flags.metrics = [name.strip() for name in flags.metrics.split(",") if name.strip()]
+    flags.landmarker = detectors.landmarker_for_any(flags.landmarker)
     if unknown := set(flags.metrics) - set(learned.METRICS):
         raise ConfigError(f"--metrics {', '.join(sorted(unknown))}: there is {', '.join(learned.METRICS)}")
     if flags.protocol == "cross" and not flags.metrics:
         raise ConfigError("--protocol cross has no true frames to compare with: name learned metrics with --metrics")
-    if "csim" in flags.metrics and flags.protocol == "cross" and not flags.sources:
+    if flags.protocol == "cross" and "lpips" in flags.metrics:
+        raise ConfigError("--metrics lpips compares with true frames, which --protocol cross has not")
+    if flags.protocol == "cross" and "csim" in flags.metrics and not (flags.sources and flags.sources.is_dir()):
         raise ConfigError("--metrics csim in the cross protocol compares with the portraits: give their folder with --sources")
+    if needing := [name for name in flags.metrics if "landmarks" in learned.METRICS[name].uses and not flags.landmarker]:
+        raise ConfigError(f"--metrics {','.join(needing)} needs the faces of the generated videos: give face_landmarker.task with --landmarker")
     for name in ("window", "shown"):
         if getattr(flags, name) < 1:
             raise ConfigError(f"--{name} {getattr(flags, name)} must be at least 1")
     for path in filter(None, (flags.json, flags.report)):
         if not path.parent.is_dir():
             raise ConfigError(f"{path} cannot be written: there is no directory {path.parent}; make it first")
-    flags.faces = bool(flags.landmarker) or any(flags.reference.glob("*.npz"))
+        if path.is_dir():
+            raise ConfigError(f"{path} cannot be written: it is a directory")
     return flags
 
 

@@ -38,8 +38,9 @@ class Pair(NamedTuple):
 
     @property
     def source(self) -> str:
-        """The name of the picture that the video was made from, as `sample.py` puts it before the driver's."""
-        return self.generated.stem.rpartition(BETWEEN)[0]
+        """The name of the picture that the video was made from, as `sample.py` puts it before the driver's; empty where it is not there."""
+        ending = BETWEEN + self.reference.stem
+        return self.generated.stem.removesuffix(ending) if self.generated.stem.endswith(ending) else ""
 
 
 class Window(NamedTuple):
@@ -52,28 +53,41 @@ class Window(NamedTuple):
 
 
 def pairs(generated: pathlib.Path, reference: pathlib.Path) -> list[Pair]:
-    """Each video of the one folder with that of the other whose name is the same, or is what stands behind the last "--" of its own, as `sample.py`
-    names what it writes; videos that end in _concat are passed over. ConfigError, naming them, where some have none."""
-    found = {path.stem: path for path in _videos(reference)}
-    mine = [path for path in _videos(generated) if not path.stem.endswith("_concat")]
-    matched = [(path, found.get(path.stem) or found.get(path.stem.rpartition(BETWEEN)[2])) for path in mine]
+    """Each video of the one folder with that of the other whose name is the same, or what stands behind a "--" of its own, the longest first, as `sample.py`
+    names what it writes; videos that end in _concat are passed over. ConfigError, naming them, where some have none, or names are not told apart."""
+    found = _videos(reference)
+    mine = {name: path for name, path in _videos(generated).items() if not name.endswith("_concat")}
+    if not mine:
+        raise ConfigError(f"{generated} holds no video but those that end in _concat")
+    matched = [(path, next((found[ending] for ending in _endings(name) if ending in found), None)) for name, path in mine.items()]
     if missing := [path.name for path, other in matched if other is None]:
         raise ConfigError(f"--reference {reference} has nothing for {', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}: names have to be the same, or end in --NAME")
     return [Pair(path.stem, path, other) for path, other in matched if other]
 
 
-def _videos(folder: pathlib.Path) -> list[pathlib.Path]:
+def _endings(name: str) -> Iterator[str]:
+    """The name, and what stands behind each "--" of it."""
+    while name:
+        yield name
+        name = name.partition(BETWEEN)[2]
+
+
+def _videos(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """By name, without its ending."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder of videos")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in video.ENDINGS and not path.name.startswith("."))
-    if not found:
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in video.ENDINGS and not path.name.startswith("."))
+    if not paths:
         raise ConfigError(f"{folder} holds no video ({', '.join(video.ENDINGS)})")
+    found = {path.stem: path for path in paths}
+    if twice := [path.name for path in paths if found[path.stem] != path]:
+        raise ConfigError(f"{folder}: {twice[0]} and {found[pathlib.Path(twice[0]).stem].name} have one name")
     return found
 
 
 def windows(pair: Pair, *, size: int, looks: tuple[Detector | None, Detector | None] = (None, None)) -> Iterator[Window]:
-    """Of `size` frames each, the last perhaps shorter; `looks` finds faces of generated frames and of the reference's. MediaError where one video ends before the other, or their rates differ. A reference of another
-    size is brought to that of the generated frames."""
+    """Of `size` frames each, the last perhaps shorter; `looks` finds faces of generated frames and of the reference's. A reference of another size is brought
+    to that of the generated frames. MediaError where one video ends before the other, or rates or shapes differ, or one cannot be read."""
     rates = [video.probe(path).fps for path in (pair.generated, pair.reference)]
     if abs(rates[0] - rates[1]) > Fraction(1, 100):
         raise MediaError(f"{pair.generated} has {float(rates[0]):g} frames a second, {pair.reference} {float(rates[1]):g}: their frames are of other times")
@@ -82,13 +96,17 @@ def windows(pair: Pair, *, size: int, looks: tuple[Detector | None, Detector | N
     while True:
         parts = [[frame for _, frame in zip(range(size), one, strict=False)] for one in frames]
         if len(parts[0]) != len(parts[1]):
-            lengths = [count + len(part) for part in parts]
-            raise MediaError(f"{pair.generated} ends after {lengths[0]} frames or later, {pair.reference} after {lengths[1]}: they are compared frame by frame")
+            short, long = sorted(zip(parts, pair[1:], strict=True), key=lambda one: len(one[0]))
+            raise MediaError(f"{short[1]} ends after {count + len(short[0])} frames, {long[1]} goes on: they are compared frame by frame")
         if not parts[0]:
             return
         count += len(parts[0])
         mine, landmarks = ([one(look(frame)) if look else None for frame in part] for part, look, one in zip(parts, looks, follow, strict=True))
         generated, reference = (np.stack(part) for part in parts)
+        tall, wide = generated.shape[1:3]
+        if abs(reference.shape[2] * tall / reference.shape[1] - wide) > 2:  # odd sizes are made even
+            shapes = [f"{frames.shape[2]}x{frames.shape[1]}" for frames in (generated, reference)]
+            raise MediaError(f"{pair.generated} is {shapes[0]}, {pair.reference} {shapes[1]}: crop them alike")
         scale = np.array(generated.shape[2:0:-1]) / reference.shape[2:0:-1]
         landmarks = [None if face is None else ((face + 0.5) * scale - 0.5).astype(np.float32) for face in landmarks]
         yield Window(generated, _resized(reference, *generated.shape[1:3]), mine, landmarks)
@@ -102,14 +120,14 @@ def _resized(frames: UInt8[np.ndarray, "N H W 3"], height: int, width: int) -> U
 
 
 class Errors:
-    """The figures of a pair, window by window: `add` each, then `figures`."""
+    """The figures of a pair, window by window: `add` each, then `figures`. `parts` says that faces were looked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, parts: bool) -> None:
         self.frames: dict[str, list[float]] = {"l1": [], "psnr": [], "ssim": []}
         self.of_windows: dict[str, list[float]] = {"l1": [], "psnr": []}
         self.changes = [0.0, 0]  # sum of temporal errors, pairs of frames
-        self.parts = {name: np.zeros(3) for name in (*PARTS, "rest")}  # sums of absolute and of squared errors, values
-        self.last: Window | None = None
+        self.parts = {name: np.zeros(3) for name in (*PARTS, "rest")} if parts else {}  # sums of absolute and of squared errors, values
+        self.last: tuple[np.ndarray, np.ndarray] | None = None  # frames
         self.without_face = 0
 
     def add(self, window: Window) -> None:
@@ -120,16 +138,18 @@ class Errors:
             self.frames[name] += values.tolist()
             if name in self.of_windows:
                 self.of_windows[name].append(float(values.mean()))
-        joined = [np.concatenate([earlier[-1:], now]) for earlier, now in zip(self.last[:2], (output, truth), strict=True)] if self.last else [output, truth]
+        joined = [np.concatenate(pair) for pair in zip(self.last, (output, truth), strict=True)] if self.last else [output, truth]
         self.changes[0] += metrics.temporal_error(*joined) * (len(joined[0]) - 1)
         self.changes[1] += len(joined[0]) - 1
-        self.last = window
+        self.last = output[-1:].copy(), truth[-1:].copy()
+        if not self.parts:
+            return
         seen = [number for number, face in enumerate(window.faces) if face is not None]
         self.without_face += len(output) - len(seen)
         if seen:
             self._add_parts(output[seen], truth[seen], faces.regions(np.stack([window.faces[number] for number in seen]), margin=MARGIN))
 
-    def _add_parts(self, output: np.ndarray, truth: np.ndarray, boxes: Float32[np.ndarray, "N 4 4"]) -> None:
+    def _add_parts(self, output: UInt8[np.ndarray, "N H W 3"], truth: UInt8[np.ndarray, "N H W 3"], boxes: Float32[np.ndarray, "N 4 4"]) -> None:
         error = metrics.error(output, truth)
         inside = {name: _inside(truth, boxes[:, places]) for name, places in PARTS.items()}
         for name, where in (inside | {"rest": ~np.any(list(inside.values()), axis=0)}).items():
@@ -142,9 +162,10 @@ class Errors:
         found["temporal"] = self.changes[0] / self.changes[1] if self.changes[1] else 0.0
         for name, (absolute, squared, count) in self.parts.items():
             if count:
-                found |= {f"l1_{name}": absolute / count, f"psnr_{name}": min(float(-10 * np.log10(squared / count)) if squared else EXACT, EXACT)}
-        return found | {"frames": len(self.frames["l1"]), "without_face": self.without_face, "windows": self.of_windows}
+                found |= {f"l1_{name}": absolute / count, f"psnr_{name}": min(float(metrics.decibels(squared / count)), EXACT)}
+        return found | ({"without_face": self.without_face} if self.parts else {}) | {"windows": self.of_windows}
 
 
-def _inside(frames: np.ndarray, boxes: Float32[np.ndarray, "N B 4"]) -> Bool[np.ndarray, "N H W"]:
+def _inside(frames: UInt8[np.ndarray, "N H W 3"], boxes: Float32[np.ndarray, "N B 4"]) -> Bool[np.ndarray, "N H W"]:
+    """Which pixels lie in one of the boxes."""
     return faces.mask_frames(np.ones_like(frames), boxes)[..., 0] > 0

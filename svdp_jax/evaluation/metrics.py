@@ -32,12 +32,12 @@ def temporal_error(output: Frames, truth: Frames) -> float:
 
 def psnr(output: Frames, truth: Frames) -> Float[np.ndarray, " N"]:
     """Decibels of each frame; infinite where it is exact."""
-    return _decibels(_squared_error(output, truth).mean((1, 2, 3)))
+    return decibels(_squared_error(output, truth).mean((1, 2, 3)))
 
 
 def region_psnr(output: Frames, truth: Frames, inside: Bool[np.ndarray, "N H W"]) -> float:
     """Decibels of the clip, from the mean square error of all pixels that are `inside`, in all frames together."""
-    return float(_decibels(_squared_error(output, truth)[inside].mean()))
+    return float(decibels(_squared_error(output, truth)[inside].mean()))
 
 
 def frame_change_ratio(output: Frames, truth: Frames) -> float:
@@ -63,6 +63,7 @@ def correlation(a: Float[np.ndarray, "N *axes"], b: Float[np.ndarray, "N *axes"]
 
 
 def error(output: Frames, truth: Frames) -> Float[np.ndarray, "N H W 3"]:
+    """Absolute error of every value."""
     return np.abs(output.astype(np.float32) - truth) / 255
 
 
@@ -70,6 +71,7 @@ def _squared_error(output: Frames, truth: Frames) -> Float[np.ndarray, "N H W 3"
     return np.square(error(output, truth))
 
 
-def _decibels(mean_square_error: Float[np.ndarray, "*shape"] | np.floating) -> Float[np.ndarray, "*shape"] | np.floating:
+def decibels(mean_square_error: Float[np.ndarray, "*shape"] | np.floating) -> Float[np.ndarray, "*shape"] | np.floating:
+    """PSNR of mean square errors; infinite for 0."""
     with np.errstate(divide="ignore"):
         return -10 * np.log10(np.asarray(mean_square_error, np.float64))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import pathlib
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -47,27 +48,31 @@ class Clip(NamedTuple):
     told: str  # its figures
 
 
-def write(path: pathlib.Path, *, title: str, lines: Sequence[Line], curves: dict[str, list[list[float]]], clips: Sequence[Clip], notes: Iterable[str]) -> None:
-    """Writes the page, and NAME_clips/ beside it. `curves`: of each name, one list per clip, a value per window. MediaError where it cannot be written."""
+def write(
+    path: pathlib.Path, *, title: str, lines: Sequence[Line], curves: dict[str, list[list[float]]], clips: Sequence[Clip], order: str, notes: Iterable[str]
+) -> None:
+    """Writes the page, and NAME_clips/ beside it, in place of earlier ones. `curves`: of each name, one list per clip, a value per window; `order`: of the
+    clips, in words. MediaError where it cannot be written."""
     folder = path.with_name(f"{path.stem}_clips")
     with files.writing(folder):
-        folder.mkdir(exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
     shown = []
     for number, clip in enumerate(clips):
         place = folder / f"{number:03d}.mp4"
-        video.write_video(place, side_by_side(clip.pair), fps=video.probe(clip.pair.generated).fps, audio_from=None, metadata={"comment": MADE})
+        video.write_video(place, side_by_side(clip.pair), fps=video.probe(clip.pair.generated).fps, audio_from=clip.pair.generated, metadata={"comment": MADE})
         shown.append((f"{folder.name}/{place.name}", clip))
     with files.whole(path) as partial:
-        partial.write_text(_page(title, lines, curves, shown, notes), encoding="utf-8")
+        partial.write_text(_page(title, lines, curves, shown, order, notes), encoding="utf-8")
 
 
-def side_by_side(pair: Pair) -> Iterator[UInt8[np.ndarray, "HEIGHT W 3"]]:
+def side_by_side(pair: Pair) -> Iterator[UInt8[np.ndarray, "256 W 3"]]:
     """Frames of the reference, left, and of the generated video."""
     for frames in zip(video.read_frames(pair.reference), video.read_frames(pair.generated), strict=False):
         yield np.concatenate([_of_height(frame) for frame in frames], axis=1)
 
 
-def _of_height(frame: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "HEIGHT W 3"]:
+def _of_height(frame: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "256 V 3"]:
     width = 2 * round(frame.shape[1] * HEIGHT / frame.shape[0] / 2)  # even, for the encoder
     return cv2.resize(frame, (width, HEIGHT), interpolation=cv2.INTER_AREA if frame.shape[0] > HEIGHT else cv2.INTER_CUBIC)
 
@@ -89,7 +94,10 @@ def curve(values: Sequence[Sequence[float]]) -> str:
     return "".join([*parts, f"<text x={WIDE / 2} y={HIGH - 1} text-anchor=middle>window, of {len(values)} clips</text></svg>"])
 
 
-def _page(title: str, lines: Sequence[Line], curves: dict[str, list[list[float]]], shown: Sequence[tuple[str, Clip]], notes: Iterable[str]) -> str:
+def _page(
+    title: str, lines: Sequence[Line], curves: dict[str, list[list[float]]], shown: Sequence[tuple[str, Clip]], order: str, notes: Iterable[str]
+) -> str:
+    """The page's text; `shown` are paths of videos, and what they are of."""
     text = html.escape
     page = [f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{text(title)}</title><style>{STYLE}{_MORE}</style>"]
     page.append(f"<h1>{text(title)}</h1><table><tr><th>metric<th>here<th>the paper, on other data<th style='text-align:left'>")
@@ -97,7 +105,7 @@ def _page(title: str, lines: Sequence[Line], curves: dict[str, list[list[float]]
     page.append("</table>")
     for name, values in curves.items():
         page.append(f"<h2>{text(name)}, from window to window</h2>{curve(values)}")
-    page.append("<h2>Clips: reference and generated, the worst first</h2><div id=clips>")
+    page.append(f"<h2>Reference and generated{f', {text(order)}' if order else ''}</h2><div id=clips>")
     for place, clip in shown:
         page.append(f"<div class='clip is-kept'><video controls loop muted preload=metadata src='{text(place, quote=True)}#t=0.01'></video><b>{text(clip.pair.name)}</b><br><small>{text(clip.told)}</small></div>")
     page.append("</div><h2>How it was measured</h2>")

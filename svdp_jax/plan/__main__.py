@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from svdp_jax import cli
+from svdp_jax import cli, files
 from svdp_jax.config import ConfigError, load_config
+from svdp_jax.files import MediaError
 from svdp_jax.models.transformer import Remat
 from svdp_jax.plan import advice, picture, rows, targets
 from svdp_jax.sharding import STRATEGIES
@@ -59,7 +60,8 @@ def main() -> None:
         for line in advice.told(targets.parse(target), ranked):
             console.print(line, soft_wrap=True, highlight=False)
     if flags.json:
-        flags.json.write_text(json.dumps({"rows": found}, indent=1) + "\n")
+        with files.whole(flags.json) as partial:
+            partial.write_text(json.dumps({"rows": found}, indent=1) + "\n")
     if flags.plot:
         picture.draw(found, flags.plot)
 
@@ -93,7 +95,7 @@ def batches_per_device(given: str, chosen: list[targets.Target]) -> list[float]:
         raise ConfigError(f"--batch-per-device {given} must be numbers, with commas between them") from None
     for batch, target in itertools.product(found, chosen):
         samples = batch * target.count
-        if not (samples >= 1 and samples.is_integer()):
+        if round(samples) < 1 or abs(samples - round(samples)) > 0.01:
             raise ConfigError(f"--batch-per-device {batch:g} is {samples:g} samples on the {target.count} devices of {target.name}")
     return found
 
@@ -127,5 +129,5 @@ def cells(row: rows.Row, devices: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    with cli.messages(ConfigError):
+    with cli.messages(ConfigError, MediaError):
         main()

@@ -23,7 +23,7 @@ def ranked(rows: list[Row]) -> list[Row]:
 
     def rank(row: Row) -> tuple[int, float]:
         if row["fits"] is None:
-            return (1 if "compile_seconds" in row else 3, float(row.get("moved", 0)))
+            return (1 if "compile_seconds" in row else 3, row.get("moved", 0) / row["batch"])
         total = row["memory"].get("total") or row["memory"].get("needed") or float("inf")
         return (0, by_sample(row)) if row["fits"] else (2, total)
 

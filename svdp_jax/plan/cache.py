@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 from collections.abc import Iterable
 from typing import Any
 
+from svdp_jax import files
+
 PACKAGE = pathlib.Path(__file__).parents[1]
 COMPILERS = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt")
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # of the environment, which compilers heed
 
 Row = dict[str, Any]
 
@@ -20,9 +24,11 @@ def of_request(asked: Row) -> str:
     return _digest(json.dumps(asked, sort_keys=True), PACKAGE.rglob("*.py"))
 
 
-def of_program(text: str, target: str) -> str:
-    """A name for the row of a program that is lowered for a target: of both, the code that says how it is compiled and what is read from it, and the compilers."""
-    return _digest(f"{target}\n{text}", [*(PACKAGE / "plan").glob("*.py"), PACKAGE / "peaks.py", PACKAGE / "models" / "layers.py"])
+def of_program(text: str, *known: Any) -> str:
+    """A name for the row of a lowered program: of its text and what else is known of it, of the code that says how it is compiled and what is read from it,
+    and of the compilers."""
+    code = [PACKAGE / name for name in ("peaks.py", "train_state.py", "sampler.py", "models/layers.py")]
+    return _digest(f"{json.dumps(known)}\n{text}", [*(PACKAGE / "plan").glob("*.py"), *code])
 
 
 def read(directory: pathlib.Path, name: str) -> Row | None:
@@ -32,19 +38,20 @@ def read(directory: pathlib.Path, name: str) -> Row | None:
 
 
 def write(directory: pathlib.Path, name: str, row: Row) -> None:
-    """Puts it there, whole or not at all."""
-    partial = directory / f"{name}.part"
-    partial.write_text(json.dumps(row))
-    partial.replace(directory / f"{name}.json")
+    """Puts it there, whole or not at all. MediaError where it cannot be written."""
+    with files.whole(directory / f"{name}.json") as partial:
+        partial.write_text(json.dumps(row))
 
 
-def _digest(text: str, files: Iterable[pathlib.Path]) -> str:
+def _digest(text: str, code: Iterable[pathlib.Path]) -> str:
     digest = hashlib.sha256(text.encode())
-    for path in sorted(files):
+    for path in sorted(code):
         digest.update(path.read_bytes())
     for name in COMPILERS:
         try:
             digest.update(f"{name} {importlib.metadata.version(name)}".encode())
         except importlib.metadata.PackageNotFoundError:
             continue
+    for name in FLAGS:
+        digest.update(f"{name} {os.environ.get(name)}".encode())
     return digest.hexdigest()[:32]

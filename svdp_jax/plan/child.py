@@ -34,17 +34,19 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         config = programs.config_for(from_dict(Config, request["config"]), request["strategy"], count=target.count, groups=target.groups, **given)
         begun = time.perf_counter()
         program = programs.LOWER[request["program"]](config, devices, target.platform)
-        row |= {"mesh": program.mesh, "lower_seconds": time.perf_counter() - begun, "lowered": cache.of_program(program.lowered.as_text(), target.name)}
+        row |= {"mesh": program.mesh, "lower_seconds": time.perf_counter() - begun, "lowered": cache.of_program(program.lowered.as_text(), target.name, *program[1:])}
         if found := cache.read(pathlib.Path(request["directory"]), row["lowered"]):
             return found | row | {"known": True}
         begun = time.perf_counter()
         with targets.compiler_options(target) as options:
             compiled = program.lowered.compile(options)
-    except (ConfigError, ValueError) as problem:
+    except (ConfigError, ValueError, NotImplementedError) as problem:
         return row | {"fits": None, "reason": one_line(problem)}
-    except Exception as problem:  # of the compiler, which has its own for each device
+    except jax.errors.JaxRuntimeError as problem:
         said = one_line(problem)
         return row | {"fits": False if "RESOURCE_EXHAUSTED" in said else None, "reason": said[:500], "memory": {"needed": _needed(said)}}
+    except Exception as problem:  # of this machine, which may do better another time
+        return row | {"fits": None, "reason": f"{type(problem).__name__}: {one_line(problem)}"[:500], "ended": True}
     return row | {"compile_seconds": time.perf_counter() - begun} | _read(compiled, program, target)
 
 
@@ -65,7 +67,7 @@ def _read(compiled: jax.stages.Compiled, program: programs.Program, target: targ
 
 
 def _needed(said: str) -> float | None:
-    """Bytes that a compiler says are missing."""
+    """Bytes that a compiler says are needed in all."""
     found = NEEDS.search(said)
     return float(found[1]) * {"G": 2**30, "M": 2**20}[found[2]] if found else None
 

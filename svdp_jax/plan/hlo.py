@@ -135,6 +135,12 @@ class Module:
 
     def moved(self, computation: str, op: Op) -> int:
         """Bytes that a scheduled operation reads and writes, each of its arrays once; of an array of which a fusion needs a slice, the slice."""
+        if op.kind.removesuffix("-start") in ("slice", "dynamic-slice"):
+            part, whole = op.results[op.kind.endswith("-start")], self.operands(computation, op)[0][0]
+            return part.traffic + (0 if whole.on_chip else part.bytes)
+        if op.kind == "dynamic-update-slice":
+            part, whole = self.operands(computation, op)[1][0], op.results[0]
+            return part.traffic + (0 if whole.on_chip else part.bytes)
         written = sum(array.traffic for array in op.results)
         read = [sum(array.traffic for array in arrays) for arrays in self.operands(computation, op)]
         if op.kind.endswith("-start"):  # whose results name its operands again
@@ -145,10 +151,6 @@ class Module:
             last = self.computations[called][-1]
             if last.kind == "dynamic-update-slice":  # in place
                 written = min(written, sum(array.bytes for array in self.operands(called, last)[1]))
-        elif op.kind == "dynamic-update-slice":
-            read, written = [0], 2 * read[1]
-        elif op.kind in ("slice", "dynamic-slice"):
-            read = [written]
         return int(sum(read) + written)
 
     @functools.cache  # noqa: B019  a module lives as long as its program is looked at

@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import re
+import shlex
 import tempfile
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
@@ -107,15 +108,15 @@ while [ $# -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done
 def compiler_options(target: Target) -> Iterator[dict[str, str]]:
     """Options for a compilation whose machine code nobody runs. For GPUs, an assembler that writes nothing: all that is read of a program is known before
     it is called, and it would take a sixth of the time."""
-    package = importlib.util.find_spec("nvidia.cu13") if target.platform == "cuda" else None
-    found = [path for folder in (package.submodule_search_locations or []) if (path := pathlib.Path(folder, "bin", "ptxas")).exists()] if package else []
+    package = importlib.util.find_spec("nvidia") if target.platform == "cuda" else None
+    found = [path for folder in (package.submodule_search_locations or []) if (path := pathlib.Path(folder, "cu13", "bin", "ptxas")).exists()] if package else []
     if not found:
         yield {}
         return
     with tempfile.TemporaryDirectory() as folder:
         assembler = pathlib.Path(folder, "bin", "ptxas")
         assembler.parent.mkdir()
-        assembler.write_text(_ASSEMBLER.format(ptxas=found[0]))
+        assembler.write_text(_ASSEMBLER.format(ptxas=shlex.quote(str(found[0]))))
         assembler.chmod(0o755)
         yield {"xla_gpu_cuda_data_dir": folder}
 

@@ -90,7 +90,7 @@ class Fvd:
         self.stride = stride
         self.state = loaded(path, self.sizes)
         self.normalisation = mean, deviation
-        self.features: list[np.ndarray] = []  # [2,D] of each window: generated, reference
+        self.features: list[np.ndarray] = []  # [2,D] of each window of all finished clips: generated, reference
         self.protocol = (
             f"Fréchet distance between features of all generated and of all reference videos ({who}). Each feature is of {WINDOW} consecutive frames at the "
             f"video's own rate; a window begins every {stride} frames, and what is left at the end is not used (the authors take one window at random from "
@@ -101,7 +101,7 @@ class Fvd:
 
     def begin(self, clip: Clip) -> None:
         self.frames: deque = deque(maxlen=WINDOW)  # tensors [2,3,SIZE,SIZE]
-        self.number = self.windows = 0
+        self.number, self.of_clip = 0, []  # frames; features of windows
 
     def add(self, chunk: Chunk) -> None:
         import torch
@@ -111,11 +111,11 @@ class Fvd:
                 self.frames.append(pair)
                 self.number += 1
                 if self.number >= WINDOW and (self.number - WINDOW) % self.stride == 0:
-                    self.features.append(features(self.state, torch.stack(list(self.frames), dim=1), self.sizes, *self.normalisation))
-                    self.windows += 1
+                    self.of_clip.append(features(self.state, torch.stack(list(self.frames), dim=1), self.sizes, *self.normalisation))
 
     def finish(self) -> Outcome:
-        return Outcome({}, {"frames": self.number, "windows": self.windows})
+        self.features += self.of_clip
+        return Outcome({}, {"frames": self.number, "windows": len(self.of_clip)})
 
     def overall(self) -> Outcome:
         """`fvd`; it needs two windows."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -57,6 +57,7 @@ class Outcome(NamedTuple):
     counts: dict[str, int]  # of what was measured, and of what could not be
 
 
+@runtime_checkable
 class Metric(Protocol):
     name: ClassVar[str]
     uses: ClassVar[tuple[Literal["landmarks", "audio"], ...]]  # beside the frames
