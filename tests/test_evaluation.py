@@ -100,6 +100,20 @@ def test_what_is_measured_on_the_truth_is_the_motion_that_was_drawn():
     np.testing.assert_array_less(0.93 * np.ones(5), means)
 
 
+def test_gaze_that_is_read_is_the_gaze_that_was_drawn():
+    apart, drawn = [], []
+    for index in range(8):
+        who = synthetic.identity(synthetic.split_seed("test", 2 * index, "identity"))
+        moves = synthetic.motion(synthetic.split_seed("test", index, "motion"), 39)
+        frames, landmarks = synthetic.render_clip(who, moves, size=96)
+        drawn.append(readings.gaze_angles(moves.gaze_x, moves.gaze_y))
+        apart.append(readings.gaze(frames, landmarks) - drawn[-1])
+        assert (np.isnan(apart[-1][:, 0]) == np.isnan(apart[-1][:, 1])).all() and np.isfinite(apart[-1][moves.blink < 0.1]).all()
+    across, down = np.nanmean(np.abs(np.concatenate(apart)), axis=0)
+    assert across < 1.5 and down < 1.5, "degrees"
+    assert (np.concatenate(drawn).std(0) > (10, 5)).all(), "degrees, of what there is to read"
+
+
 @pytest.fixture(scope="module")
 def case():
     return rendered.case_of(DATA, split="validation", index=0, frames=25)
