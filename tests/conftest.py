@@ -19,6 +19,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
 
 import imageio.v3 as iio  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -126,6 +127,19 @@ def sd35_file(tmp_path_factory) -> pathlib.Path:
 def sd35_folder(sd35_file) -> pathlib.Path:
     """The same model as a diffusers folder."""
     return sd35.write_folder(sd35_file.parent / "folder", sd35_file)
+
+
+@pytest.fixture
+def torch():
+    """PyTorch, seeded; what asks for it is skipped where it is not installed."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    return torch
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Bool, Float, Float32, UInt8
 from scipy.ndimage import gaussian_filter1d
 
 from svdp_jax.data.detectors import Detector
@@ -105,6 +105,11 @@ def mask_frames(frames: UInt8[np.ndarray, "N H W 3"], boxes: Float32[np.ndarray,
         for (x0, y0), (x1, y1) in zip(firsts, stops, strict=True):
             out[y0:y1, x0:x1] = frame[y0:y1, x0:x1]
     return masked
+
+
+def inside(frames: UInt8[np.ndarray, "N H W 3"], boxes: Float32[np.ndarray, "N B 4"]) -> Bool[np.ndarray, "N H W"]:
+    """Which pixels of `frames` lie in one of the boxes."""
+    return mask_frames(np.ones_like(frames), boxes)[..., 0] > 0
 
 
 def driving_crop(landmarks: Float32[np.ndarray, "N K 2"], *, scale: float, within: tuple[int, int] | None = None) -> Crop:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float32, UInt8
+from jaxtyping import Float32, UInt8
 
 from svdp_jax.config import ConfigError
 from svdp_jax.data import faces, video
@@ -151,7 +151,7 @@ class Errors:
 
     def _add_parts(self, output: UInt8[np.ndarray, "N H W 3"], truth: UInt8[np.ndarray, "N H W 3"], boxes: Float32[np.ndarray, "N 4 4"]) -> None:
         error = metrics.error(output, truth)
-        inside = {name: _inside(truth, boxes[:, places]) for name, places in PARTS.items()}
+        inside = {name: faces.inside(truth, boxes[:, places]) for name, places in PARTS.items()}
         for name, where in (inside | {"rest": ~np.any(list(inside.values()), axis=0)}).items():
             values = error[where]
             self.parts[name] += [values.sum(dtype=np.float64), np.square(values).sum(dtype=np.float64), values.size]
@@ -164,8 +164,3 @@ class Errors:
             if count:
                 found |= {f"l1_{name}": absolute / count, f"psnr_{name}": min(float(metrics.decibels(squared / count)), EXACT)}
         return found | ({"without_face": self.without_face} if self.parts else {}) | {"windows": self.of_windows}
-
-
-def _inside(frames: UInt8[np.ndarray, "N H W 3"], boxes: Float32[np.ndarray, "N B 4"]) -> Bool[np.ndarray, "N H W"]:
-    """Which pixels lie in one of the boxes."""
-    return faces.mask_frames(np.ones_like(frames), boxes)[..., 0] > 0

@@ -119,7 +119,7 @@ def make_models(config: Config, params: Any, frozen: Frozen, *, progress: Callab
 def measure(case: Case, output: UInt8[np.ndarray, "N H W 3"], reconstructed: UInt8[np.ndarray, "N H W 3"]) -> dict[str, float]:
     """The figures of one clip, by the names of ROWS."""
     truth, copy = case.target, np.broadcast_to(case.source, case.target.shape)
-    inside = faces.mask_frames(np.ones_like(truth), case.boxes)[..., 0] > 0
+    inside = faces.inside(truth, case.boxes)
     made = {"": output, "_copy": copy, "_autoencoder": reconstructed}
     figures = {f"psnr{name}": float(metrics.psnr(frames, truth).mean()) for name, frames in made.items()}
     figures |= {f"regions{name}": metrics.region_psnr(frames, truth, inside) for name, frames in made.items()}
