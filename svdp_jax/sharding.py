@@ -181,7 +181,8 @@ class Layout:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _whole(whole: NamedSharding, shares: NamedSharding, kernel: Array) -> Array:
-    return jax.lax.with_sharding_constraint(kernel, whole)
+    in_shares = jax.lax.with_sharding_constraint(kernel, shares)  # in this type: else what it was cast from could be gathered
+    return jax.lax.with_sharding_constraint(in_shares, whole)
 
 
 # Left to itself, the gradient of a constraint has the same constraint: every device would reduce all of it.

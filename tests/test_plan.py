@@ -15,7 +15,7 @@ import pytest
 from svdp_jax.config import ConfigError, load_config
 from svdp_jax.models import flops
 from svdp_jax.plan import __main__ as plan
-from svdp_jax.plan import advice, cache, costs, hlo, picture, programs, rows, targets
+from svdp_jax.plan import advice, cache, compiler, costs, hlo, picture, programs, rows, targets
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny.py"
@@ -134,23 +134,47 @@ def test_of_an_array_that_is_sliced_onto_the_chip_the_slice_is_moved():
     assert [module.moved(where, op) for where, op, _ in module.walk()] == [part, part, part]
 
 
-def test_for_gpus_nothing_is_assembled(tmp_path, monkeypatch):
-    """A stand-in for ptxas that knows its version, and writes an empty file."""
-    real = tmp_path / "with a space" / "nvidia" / "cu13" / "bin" / "ptxas"
-    real.parent.mkdir(parents=True)
-    real.write_text("#!/bin/sh\necho release 13.5\n")
-    real.chmod(0o755)
-    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(real.parents[2])]) if name == "nvidia" else None)
-    with targets.compiler_options(targets.parse("h100x8")) as options:
-        assembler = pathlib.Path(options["xla_gpu_cuda_data_dir"], "bin", "ptxas")
-        assert subprocess.run([assembler, "--version"], capture_output=True, text=True, check=True).stdout == "release 13.5\n"
-        subprocess.run([assembler, "in.ptx", "-o", tmp_path / "out.cubin", "-arch=sm_90a"], check=True)
-    assert (tmp_path / "out.cubin").read_bytes() == b"" and not assembler.exists()
-    with targets.compiler_options(targets.parse("cpu:8")) as options:
-        assert options == {}
-    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
-    with targets.compiler_options(targets.parse("h100x8")) as options:
-        assert options == {}, "XLA's own, then"
+def lowered_step():
+    """A loop whose first argument is given up for its result."""
+    step = lambda x, weights: (jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0], weights.sum())
+    return jax.jit(step, donate_argnums=0).lower(jnp.ones((16, 32)), jnp.ones((7, 32, 32)))
+
+
+def test_a_program_without_machine_code_is_the_one_with_it(tmp_path):
+    found, whole = compiler.optimise(lowered_step(), tmp_path), compiler.of_machine_code(lowered_step().compile())
+    assert list(tmp_path.glob(f"*{compiler.LAST}")), "it was read from what XLA wrote"
+    assert (found.arguments, found.temporaries) == (whole.arguments, whole.temporaries) and found.arguments == 4 * (16 * 32 + 7 * 32 * 32)
+    read = [costs.of(program.text, {"data": 1}, targets.PLANNED["h100"]) for program in (found, whole)]
+    assert read[0] == read[1] and read[0].flops == 7 * 2 * 16 * 32 * 32
+
+
+def test_a_compiler_that_writes_under_other_names_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiler, "LAST", "never-written.txt")
+    assert compiler.optimise(lowered_step(), tmp_path).arguments == 4 * (16 * 32 + 7 * 32 * 32)
+
+
+def test_what_the_compiler_complains_of_is_raised(tmp_path):
+    def complain(options):
+        raise ValueError("no such program")
+
+    with pytest.raises(ValueError, match="no such program"):
+        compiler.optimise(SimpleNamespace(compile=complain), tmp_path)
+
+
+PLACES = """BufferAssignment:
+allocation 0: size 32, thread-local:
+ value: <283 tuple.229{} @0> (size=32,offset=0): (f32[], s32[])
+allocation 1: size 1000, parameter 6, shape |f32[13,192,9,1536]| at ShapeIndex {}, maybe-live-out:
+allocation 2: size 200, output shape is |(s32[], f32[13], /*index=5*/f32[13,9])|, maybe-live-out:
+allocation 3: size 512, constant:
+allocation 4: size 64, maybe-live-out:
+allocation 5: size 8000, preallocated-temp:
+allocation 6: size 192, color 2, preallocated-temp:
+"""
+
+
+def test_what_lies_in_a_devices_memory_is_known_from_the_compilers_account():
+    assert compiler.places(PLACES) == (1000, 200 + 64 + 8000)
 
 
 def test_the_name_of_a_program_is_that_of_all_that_its_row_depends_on(monkeypatch):

@@ -142,7 +142,7 @@ class Transformer(nn.Module):
             layer = Layer
             if self.remat != "none" and self.layout and self.layout.mesh.shape["fsdp"] > 1 and not self.is_initializing():  # with "none", whole matrices would be kept
                 layer = nn.map_variables(layer, "params", functools.partial(self.layout.in_use, names={"params": axis_names(config)[kind]}))
-            if self.remat != "none":
+            if self.remat != "none" and kind != "last":  # whose backward pass comes at once
                 layer = nn.remat(layer, prevent_cse=False, policy=REMAT[self.remat])
             if kind != "last":
                 layer = nn.scan(

@@ -1,12 +1,15 @@
 """One compilation in a process of its own: a request as JSON on standard input, its row as JSON on the last line of output.
 
-    python -m svdp_jax.plan.child < request.json
+    python -m svdp_jax.plan.child DIR < request.json
+
+DIR is empty, and the compiler's.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import os
 import pathlib
 import re
 import sys
@@ -17,14 +20,14 @@ import jax
 
 from svdp_jax.config import Config, ConfigError, from_dict
 from svdp_jax.files import one_line
-from svdp_jax.plan import cache, costs, programs, targets
+from svdp_jax.plan import cache, compiler, costs, programs, targets
 
 NEEDS = re.compile(r"(?:total memory required|Used) .*?([\d.]+)([GM])")
 
 
-def main(request: dict[str, Any]) -> dict[str, Any]:
+def main(request: dict[str, Any], scratch: pathlib.Path) -> dict[str, Any]:
     """The row of a request: {config, directory, target, strategy, program, batch, remat}. What cannot be compiled is a row with `reason`; `known` says that
-    the directory has the same program's row."""
+    the directory has the same program's row. What the compiler writes is left in `scratch`."""
     target = targets.parse(request["target"])
     names = ("program", "batch", "remat")
     row = {name: request[name] for name in ("target", "strategy", *names)}
@@ -38,8 +41,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         if found := cache.read(pathlib.Path(request["directory"]), row["lowered"]):
             return found | row | {"known": True}
         begun = time.perf_counter()
-        with targets.compiler_options(target) as options:
-            compiled = program.lowered.compile(options)
+        compiled = compiler.optimise(program.lowered, scratch)
     except (ConfigError, ValueError, NotImplementedError) as problem:
         return row | {"fits": None, "reason": one_line(problem)}
     except jax.errors.JaxRuntimeError as problem:
@@ -50,15 +52,13 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     return row | {"compile_seconds": time.perf_counter() - begun} | _read(compiled, program, target)
 
 
-def _read(compiled: jax.stages.Compiled, program: programs.Program, target: targets.Target) -> dict[str, Any]:
+def _read(compiled: compiler.Optimised, program: programs.Program, target: targets.Target) -> dict[str, Any]:
     """What a compiled program says of memory and costs; where the device is a real one, whether it fits, and the MFU at most."""
-    memory, asked = compiled.memory_analysis(), program.flops / target.count
-    found = costs.of(compiled.as_text(), program.mesh or {"data": 1}, target.device, groups=target.groups)
-    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    arguments = memory.argument_size_in_bytes
-    held = program.held | {"temporaries": total - arguments, "arguments": arguments, "total": total}
+    asked, total = program.flops / target.count, compiled.arguments + compiled.temporaries
+    found = costs.of(compiled.text, program.mesh or {"data": 1}, target.device, groups=target.groups)
+    held = program.held | {"temporaries": compiled.temporaries, "arguments": compiled.arguments, "total": total}
     if target.platform == "tpu":  # which holds whole tiles
-        held["padding"] = arguments - sum(program.held.values())
+        held["padding"] = compiled.arguments - sum(program.held.values())
     row = {"memory": held, "model_flops": asked, "limit": None, "fits": None, "mfu": None, **costs.summary(found)}
     if target.device:
         limit = target.device.memory * 1e9
@@ -74,4 +74,5 @@ def _needed(said: str) -> float | None:
 
 if __name__ == "__main__":
     gc.disable()  # a process that ends soon; looking through what tracing has made takes seconds
-    print(json.dumps(main(json.load(sys.stdin))))
+    print(json.dumps(main(json.load(sys.stdin), pathlib.Path(sys.argv[1]))), flush=True)
+    os._exit(0)  # the compiler may still be at work

@@ -86,8 +86,8 @@ def _compile(request: Request, directory: pathlib.Path, limits: Limits, left: th
     """In a process of its own, which is ended where it takes more time or memory than it may."""
     environment = os.environ | targets.environment(request.target) | {"PYTHONPATH": os.pathsep.join([str(cache.PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
     asked = json.dumps({"config": to_dict(request.config), "directory": str(directory), **request.named})
-    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complained:
-        command = [sys.executable, "-m", "svdp_jax.plan.child"]
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complained, tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "svdp_jax.plan.child", scratch]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=complained, text=True, env=environment, start_new_session=True)
         try:
             process.stdin.write(asked)

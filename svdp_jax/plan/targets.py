@@ -7,15 +7,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import math
 import os
-import pathlib
 import re
-import shlex
-import tempfile
-from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 from svdp_jax.config import ConfigError
@@ -96,29 +91,6 @@ def environment(target: Target) -> dict[str, str]:
     if target.platform == "cpu":
         own["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={target.count}".strip()
     return own
-
-
-_ASSEMBLER = """#!/bin/sh
-[ "$1" = --version ] && exec {ptxas} --version
-while [ $# -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done
-"""
-
-
-@contextlib.contextmanager
-def compiler_options(target: Target) -> Iterator[dict[str, str]]:
-    """Options for a compilation whose machine code nobody runs. For GPUs, an assembler that writes nothing: all that is read of a program is known before
-    it is called, and it would take a sixth of the time."""
-    package = importlib.util.find_spec("nvidia") if target.platform == "cuda" else None
-    found = [path for folder in (package.submodule_search_locations or []) if (path := pathlib.Path(folder, "cu13", "bin", "ptxas")).exists()] if package else []
-    if not found:
-        yield {}
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        assembler = pathlib.Path(folder, "bin", "ptxas")
-        assembler.parent.mkdir()
-        assembler.write_text(_ASSEMBLER.format(ptxas=shlex.quote(str(found[0]))))
-        assembler.chmod(0o755)
-        yield {"xla_gpu_cuda_data_dir": folder}
 
 
 def devices(target: Target) -> list[Any]:
