@@ -133,8 +133,16 @@ def test_features_are_large_enough_for_16_pixel_tokens():
 
 def test_every_style_can_be_drawn_in_any_pose():
     moves = still(4, yaw=[-0.44, 0.44, 0, 0], pitch=[0, 0, -0.26, 0.26], x=[-0.09, 0.09, 0, 0], y=[0, 0, -0.06, 0.06])
-    for style in drawing.DRAWING:
+    for style in drawing.STYLES:
         for hairstyle in drawing.HAIRSTYLES:
             who = synthetic.identity(0)._replace(drawing=style, hairstyle=hairstyle, glasses=True, beard=True)
             frames, landmarks = synthetic.render_clip(who, moves, size=32)
             assert frames.std() > 20 and (landmarks > 0).all() and (landmarks < 31).all()
+
+
+def test_the_paper_of_a_style_can_be_taken_away():
+    colours = np.random.default_rng(0).integers(0, 256, (50, 3)).astype(np.uint8)
+    for name, style in drawing.STYLES.items():
+        drawn = np.rint(colours @ drawing.LUMA)[:, None] if style.grey else colours
+        assert np.abs(style.untone(style.tone(colours)).astype(float) - drawn).max() <= 1, name
+    assert not set(drawing.STYLES) - set(drawing.TRAINED) & {synthetic.identity(seed).drawing for seed in range(60)}

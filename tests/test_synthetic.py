@@ -95,6 +95,21 @@ def test_pairs_are_two_new_people_in_one_motion():
     assert clip.id != other.id and clip.fps == 25.0
 
 
+def test_a_share_of_pairs_is_in_colours_of_its_own():
+    plain = [synthetic.pair("train", index, frames=2, size=32) for index in range(30)]
+    clips_ = [synthetic.pair("train", index, frames=2, size=32, recoloured=0.3) for index in range(30)]
+    changed = [(a.target != b.target).any() for a, b in zip(plain, clips_, strict=True)]
+    assert changed == [(a.driver != b.driver).any() for a, b in zip(plain, clips_, strict=True)] and 4 <= sum(changed) <= 15
+    assert all((a.target_landmarks == b.target_landmarks).all() for a, b in zip(plain, clips_, strict=True)), "nothing moves"
+
+
+def test_both_people_are_drawn_in_the_style_that_is_asked_for():
+    plain, drawn = (synthetic.pair("test", 0, frames=2, size=32, style=style) for style in (None, "pencil"))
+    for before, after in (plain.target, drawn.target), (plain.driver, drawn.driver):
+        assert np.ptp(before.astype(int), axis=-1).max() > 60 and np.ptp(after.astype(int), axis=-1).max() < 12, "grey, but for the paper"
+    assert (plain.target_landmarks == drawn.target_landmarks).all()
+
+
 def test_rendering_is_fast():
     who, move = synthetic.identity(0), synthetic.motion(0, 24)
     seconds = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, UInt8
 
 from svdp_jax.data.polygons import Colour, Points, Shape, between, catmull_rom, ellipse, mix, offset, stroke, xy
 
@@ -25,7 +25,9 @@ MOUTH_INSIDE = (112, 18, 34)  # the same for everyone: the mouth's opening is th
 TONGUE, TEETH = (206, 84, 92), (250, 246, 240)
 LIGHT, EYE_WHITE, EYE_SHADE, PUPIL = (255, 250, 240), (252, 250, 247), (218, 216, 228), (24, 20, 26)
 
-DRAWING = ("soft", "flat", "outlined")
+PAPER = (250, 245, 236)
+LUMA = (0.299, 0.587, 0.114)
+
 HAIRSTYLES = ("short", "bob", "long", "curly", "bun")
 # Right half of the hairline, from the parting to the temple (x in half widths of the face, y in head units); "short" is combed to one side.
 HAIRLINE = {
@@ -52,10 +54,42 @@ BACK_HAIR = {
 }
 
 
+class Style(NamedTuple):
+    """How portraits are drawn."""
+
+    softness: float  # blur of the shades, in pixels of their grid
+    rim: float = 0.0  # width of dark edges, in sides of the frame
+    grey: bool = False
+    paper: float = 0.0  # 0 opaque .. 1 nothing but paper
+
+    def tone(self, colours: UInt8[np.ndarray, "*shape 3"]) -> UInt8[np.ndarray, "*shape 3"]:
+        """Colours as this style has them."""
+        if not self.grey and not self.paper:
+            return colours
+        drawn = (colours @ np.array(LUMA))[..., None] if self.grey else colours
+        return np.rint((1 - self.paper) * drawn + self.paper * np.array(PAPER)).astype(np.uint8)
+
+    def untone(self, colours: UInt8[np.ndarray, "*shape 3"]) -> UInt8[np.ndarray, "*shape 3"]:
+        """Without the paper; greys stay grey."""
+        if not self.paper:
+            return colours
+        return np.rint(np.clip((colours - self.paper * np.array(PAPER)) / (1 - self.paper), 0, 255)).astype(np.uint8)
+
+
+STYLES = {
+    "soft": Style(2.6),
+    "flat": Style(0.7),
+    "outlined": Style(1.4, rim=0.008),
+    "pastel": Style(2.0, paper=0.4),
+    "pencil": Style(1.4, rim=0.006, grey=True, paper=0.2),
+}
+TRAINED = ("soft", "flat", "outlined")  # of the people that `synthetic.identity` draws; of the others a model can be asked what it makes of them
+
+
 class Identity(NamedTuple):
     """Who is drawn. Sizes are factors around 1; colours are RGB, 0..255."""
 
-    drawing: str
+    drawing: str  # a name in STYLES
     hairstyle: str
     glasses: bool
     beard: bool
@@ -142,9 +176,9 @@ class _Sketch:
         return xy(x, y + 0.09 * self.motion.mouth_open[:, None] * np.clip((y - 0.2) / 0.8, 0, 1))
 
     def add(self, points: Points, colour: Colour, *shades: tuple[Points, Colour], line: bool = False) -> None:
-        """Puts a shape in front of all others; `line` says that the outlined drawing style gives it a dark rim."""
-        if line and self.who.drawing == "outlined":
-            self.shapes.append(Shape(offset(points, 0.008), mix(colour, (36, 22, 40), 0.72)))
+        """Puts a shape in front of all others; `line` says that styles with rims give it one."""
+        if line and (rim := STYLES[self.who.drawing].rim):
+            self.shapes.append(Shape(offset(points, rim), mix(colour, (36, 22, 40), 0.72)))
         self.shapes.append(Shape(points, colour, tuple(Shape(*shade) for shade in shades)))
 
 

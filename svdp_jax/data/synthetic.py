@@ -17,8 +17,8 @@ from jaxtyping import Float32, UInt8
 from tqdm import tqdm
 
 from svdp_jax.config import ConfigError
-from svdp_jax.data import clips, parts
-from svdp_jax.data.drawing import DRAWING, HAIRSTYLES, Identity, Motion, portrait
+from svdp_jax.data import augment, clips, parts
+from svdp_jax.data.drawing import HAIRSTYLES, STYLES, TRAINED, Identity, Motion, portrait
 from svdp_jax.data.polygons import rasterise
 
 Split = Literal["train", "validation", "test"]
@@ -67,7 +67,7 @@ def identity(seed: int) -> Identity:
 
     hairstyle = pick(HAIRSTYLES)
     return Identity(
-        drawing=pick(DRAWING),
+        drawing=pick(TRAINED),
         hairstyle=hairstyle,
         glasses=bool(rng.random() < 0.2),
         beard=bool(rng.random() < (0.45 if hairstyle == "short" else 0.06)),
@@ -119,16 +119,23 @@ def render_clip(
     if size < 16:
         raise ValueError(f"size={size} is too small to draw a face; use at least 16 pixels")
     shapes, landmarks = portrait(person, motion)
-    softness = {"soft": 2.6, "flat": 0.7, "outlined": 1.4}[person.drawing]
-    frames = rasterise(shapes, person.backdrop, size=size, softness=softness)
-    return frames, (landmarks * size - 0.5).astype(np.float32)
+    style = STYLES[person.drawing]
+    frames = rasterise(shapes, person.backdrop, size=size, softness=style.softness)
+    return style.tone(frames), (landmarks * size - 0.5).astype(np.float32)
 
 
-def pair(split: Split, index: int, *, frames: int, size: int) -> clips.Clip:
-    """The `index`-th pair of a split: two people of their own in the same motion, at 25 frames per second."""
+def pair(split: Split, index: int, *, frames: int, size: int, style: str | None = None, recoloured: float = 0.0) -> clips.Clip:
+    """The `index`-th pair of a split: two people of their own in the same motion, at 25 frames per second.
+
+    Both are drawn in `style`, if one is given; a share `recoloured` of all pairs is in colours that no palette has, each of the two in their own."""
     moves = motion(split_seed(split, index, "motion"), frames)
-    target, target_landmarks = render_clip(identity(split_seed(split, 2 * index, "identity")), moves, size=size)
-    driver, driver_landmarks = render_clip(identity(split_seed(split, 2 * index + 1, "identity")), moves, size=size)
+    people = [identity(split_seed(split, 2 * index + number, "identity")) for number in range(2)]
+    if style:
+        people = [person._replace(drawing=style) for person in people]
+    (target, target_landmarks), (driver, driver_landmarks) = (render_clip(person, moves, size=size) for person in people)
+    rng = np.random.default_rng([split_seed(split, index, "motion"), 3])
+    if rng.random() < recoloured:
+        target, driver = augment.recolour(target, rng), augment.recolour(driver, rng)
     return clips.Clip(f"{split}-{index:06d}", 25.0, target, driver, target_landmarks, driver_landmarks)
 
 
@@ -145,12 +152,13 @@ class _Shard(NamedTuple):
     indices: range
     frames: int
     size: int
+    recoloured: float
 
 
 def _write_shard(job: _Shard) -> int:
     """Renders and writes one shard; returns its number of pairs."""
     cv2.setNumThreads(1)  # there is a process per core already
-    pairs = (pair(job.split, index, frames=job.frames, size=job.size) for index in job.indices)
+    pairs = (pair(job.split, index, frames=job.frames, size=job.size, recoloured=job.recoloured) for index in job.indices)
     clips.write_clips(pairs, job.directory, split=job.split, shard=job.shard, shards=job.shards)
     return len(job.indices)
 
@@ -167,6 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--validation-pairs", type=int, default=32, help="pairs for validation, of other people and motions")
     parser.add_argument("--frames", type=int, default=24, help="frames per clip")
     parser.add_argument("--size", type=int, default=128, help="pixels, height and width of a frame")
+    parser.add_argument("--recoloured", type=float, default=0.0, help="share of the training pairs whose colours no palette has, 0 to 1")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other people and motions")
     flags = parser.parse_args(arguments)
     limits = {
@@ -174,6 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
         "validation_pairs": (0, SEED_STRIDE),
         "frames": (1, 10_000),
         "size": (16, 2048),
+        "recoloured": (0, 1),
         "seed": (0, 10_000),
     }
     for name, (least, most) in limits.items():
@@ -185,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
         shards = -(-count // PAIRS_PER_SHARD)
         for shard in range(shards):
             indices = range(first + shard * count // shards, first + (shard + 1) * count // shards)
-            jobs.append(_Shard(flags.output, split, shard, shards, indices, flags.frames, flags.size))
+            jobs.append(_Shard(flags.output, split, shard, shards, indices, flags.frames, flags.size, flags.recoloured if split == "train" else 0.0))
     try:
         parts.settle(flags.output / "synthetic.json", {name: getattr(flags, name) for name in limits})
         missing = [job for job in jobs if not clips.shard_path(job.directory, split=job.split, shard=job.shard, shards=job.shards).exists()]
