@@ -114,16 +114,44 @@ def test_gaze_that_is_read_is_the_gaze_that_was_drawn():
     assert (np.concatenate(drawn).std(0) > (10, 5)).all(), "degrees, of what there is to read"
 
 
+@pytest.mark.parametrize("size", [96, 128])
+def test_a_mouth_that_is_read_is_open_as_it_was_drawn(size):
+    apart, drawn = [], []
+    for index in range(8):
+        who = synthetic.identity(synthetic.split_seed("test", 2 * index, "identity"))
+        moves = synthetic.motion(synthetic.split_seed("test", index, "motion"), 39)
+        frames, landmarks = synthetic.render_clip(who, moves, size=size)
+        drawn.append(moves.mouth_open)
+        apart.append(readings.mouth_opening(frames, landmarks, drawing.MOUTH_INSIDE) - moves.mouth_open)
+    assert np.abs(apart).mean() < 0.07 and np.std(drawn) > 0.3
+
+
+def test_gaze_and_mouth_are_read_in_styles_that_let_paper_through():
+    for style, gaze, opening in ("pastel", 2.5, 0.1), ("pencil", 2.5, 0.2):
+        case = rendered.case_of(DATA, split="validation", index=0, frames=25, style=style)
+        figures = rendered.measure(case, case.target, case.target, window=4)
+        assert figures["gaze_truth"] < gaze and figures["opening_truth"] < opening and figures["mouth"] == pytest.approx(1), style
+
+
+def test_an_error_that_grows_from_window_to_window_is_drift(case):
+    error = np.repeat([0, 0, 4, 4, 4, 8], 4)[:, None, None, None]
+    output = np.clip(case.target.astype(int) // 2 + 20 + error, 0, 255).astype(np.uint8)
+    half = case._replace(target=case.target // 2 + 10)
+    assert rendered.measure(half, output, output, window=4)["drift"] == pytest.approx(18 / 10)
+
+
 @pytest.fixture(scope="module")
 def case():
     return rendered.case_of(DATA, split="validation", index=0, frames=25)
 
 
 def test_the_truth_has_perfect_figures_and_a_copy_of_the_source_none(case):
-    perfect = rendered.measure(case, case.target, case.target)
-    assert [perfect[name] for name in ("change", "head_x", "head_y", "head", "mouth")] == pytest.approx([1, 1, 1, 1, 1])
+    perfect = rendered.measure(case, case.target, case.target, window=4)
+    assert [perfect[name] for name in ("change", "head_x", "head_y", "head", "mouth", "drift")] == pytest.approx([1] * 6)
     assert perfect["psnr"] == perfect["regions"] == np.inf
-    copied = rendered.measure(case, np.broadcast_to(case.source, case.target.shape), case.target)
+    assert perfect["opening"] == 0 and perfect["gaze"] == perfect["gaze_truth"] < 2.5 and perfect["opening_truth"] < 0.1
+    copied = rendered.measure(case, np.broadcast_to(case.source, case.target.shape), case.target, window=4)
+    assert copied["gaze"] == copied["gaze_copy"] > 10 and copied["opening"] == copied["opening_copy"] > 0.2
     assert [copied[name] for name in ("psnr_gain", "regions_gain", "change", "head_x", "head_y", "head", "mouth")] == [0] * 7
     assert copied["regions_copy"] < copied["psnr_copy"] < 25  # the regions are what moves
 
@@ -152,11 +180,11 @@ def test_verdicts_are_of_the_mean_and_in_the_right_direction():
     rows = rendered.summary(clips)
     assert [rows["psnr"]["mean"], rows["psnr"]["median"], *rows["psnr"]["quartiles"]] == pytest.approx([1.0, 0.7, 0.6, 1.25])
     assert {name: row["met"] for name, row in rows.items() if "met" in row} == {
-        "psnr_gain": False, "regions_gain": False, "change": True, "head": True, "mouth": True,
+        "psnr_gain": False, "regions_gain": False, "change": True, "drift": True, "head": True, "mouth": True, "gaze": True,
     }  # fmt: skip
     lines = rendered.table(rows).splitlines()
     assert len(lines) == 1 + len(rendered.ROWS)
-    assert sum(line.endswith("pass") for line in lines) == 3 and sum(line.endswith("FAIL") for line in lines) == 2
+    assert sum(line.endswith("pass") for line in lines) == 5 and sum(line.endswith("FAIL") for line in lines) == 2
     still = rendered.summary([dict.fromkeys(rendered.ROWS, 1.6)])
     assert not still["change"]["met"]
 
@@ -204,7 +232,7 @@ def test_the_command_prints_the_table_and_its_last_line_is_json(weights, tmp_pat
     lines = capsys.readouterr().out.splitlines()
     record = json.loads(lines[-1])
     assert record["clips"] == 2 and record["sampling"]["steps"] == 2 and set(record["figures"]) == set(rendered.ROWS)
-    assert len([line for line in lines if line.endswith(("pass", "FAIL"))]) == 5
+    assert len([line for line in lines if line.endswith(("pass", "FAIL"))]) == 7
     kept = json.loads(files["json"].read_text())
     assert [len(kept["per_clip"]), kept["figures"]] == [2, record["figures"]]
     assert np.mean([clip["psnr"] for clip in kept["per_clip"]]) == pytest.approx(record["figures"]["psnr"]["mean"])

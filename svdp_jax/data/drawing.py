@@ -75,6 +75,11 @@ class Style(NamedTuple):
             return colours
         return np.rint(np.clip((colours - self.paper * np.array(PAPER)) / (1 - self.paper), 0, 255)).astype(np.uint8)
 
+    @property
+    def mouth_inside(self) -> Colour:
+        """The colour of the inside of all mouths, without the paper."""
+        return tuple(self.untone(self.tone(np.array(MOUTH_INSIDE, np.uint8))).tolist())
+
 
 STYLES = {
     "soft": Style(2.6),

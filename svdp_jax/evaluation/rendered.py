@@ -12,7 +12,11 @@ Out: a table with targets, and as last line its figures as JSON.
     head              where the head is, measured in output and truth alike and correlated over a clip, as a vector
     head_x, head_y    each axis by itself: up and down the head moves a third as much as sideways
     mouth             how much of the inside of the mouth is seen, likewise
+    gaze              degrees between where the eyes look and where they were drawn to look; 0 to the front where no pupil is found, blinks left out
+    opening           how far the mouth is open, read from output and truth alike: the difference, 1 from closed to wide open
+    drift             mean absolute error of the last window, times that of the first
     autoencoder       dB of the truth, encoded and decoded: what no model with these latents exceeds by much
+    truth             the same read from the truth, against what was drawn: how well it can be read
 
 On the truth, the measured head goes with the drawn one's middle (0.95; 0.94 across, 0.96 down) and the measured mouth with its opening
 (0.97): mean correlations of 32 clips of the test split. A copy of the source does not move: for it, all are 0.
@@ -59,12 +63,19 @@ ROWS = {
     "regions": ("PSNR, eyes, nose, mouth (dB)", None, 0),
     "regions_copy": ("  of copying the source", None, 0),
     "regions_autoencoder": ("  of the autoencoder alone", None, 0),
-    "regions_gain": ("  gain over copying", 3.0, 1),
-    "change": ("frame-to-frame change, x truth's", 1.5, -1),
+    "regions_gain": ("  gain over copying", 8.0, 1),
+    "change": ("frame-to-frame change, x truth's", 1.2, -1),
+    "drift": ("error, last window x first", 1.1, -1),
     "head_x": ("head across, correlation", None, 0),
     "head_y": ("head down, correlation", None, 0),
     "head": ("head position, correlation", 0.8, 1),
-    "mouth": ("mouth opening, correlation", 0.8, 1),
+    "mouth": ("mouth opening, correlation", 0.95, 1),
+    "opening": ("mouth opening, error", None, 0),
+    "opening_copy": ("  of copying the source", None, 0),
+    "opening_truth": ("  of the reading, on truth", None, 0),
+    "gaze": ("gaze, error (degrees)", 5.0, -1),
+    "gaze_copy": ("  of copying the source", None, 0),
+    "gaze_truth": ("  of the reading, on truth", None, 0),
 }
 
 
@@ -75,14 +86,19 @@ class Case(NamedTuple):
     driving: UInt8[np.ndarray, "N H W 3"]  # black but for eyes, nose and mouth
     target: UInt8[np.ndarray, "N H W 3"]
     boxes: Float32[np.ndarray, "N 4 4"]  # of the target's eyes, nose and mouth
+    landmarks: Float32[np.ndarray, "N 68 2"]  # the target's
+    motion: drawing.Motion  # of N frames
+    style: drawing.Style
 
 
-def case_of(data: DataConfig, *, split: synthetic.Split, index: int, frames: int) -> Case:
-    """Pair number `index`, N = frames - 1."""
-    clip = synthetic.pair(split, index, frames=frames, size=max(RENDERED, data.size))
+def case_of(data: DataConfig, *, split: synthetic.Split, index: int, frames: int, style: str | None = None) -> Case:
+    """Pair number `index`, N = frames - 1, drawn in its own style or another."""
+    clip = synthetic.pair(split, index, frames=frames, size=max(RENDERED, data.size), style=style)
     scale = data.size / clip.target.shape[1]
     landmarks = (clip.target_landmarks[:-1] + 0.5) * scale - 0.5  # pixel centres are integers
-    return Case(*loader.whole_clip(clip, data), faces.regions(landmarks, margin=data.region_margin))
+    moves = synthetic.motion(synthetic.split_seed(split, index, "motion"), frames - 1)
+    drawn = drawing.STYLES[style or synthetic.identity(synthetic.split_seed(split, 2 * index, "identity")).drawing]
+    return Case(*loader.whole_clip(clip, data), faces.regions(landmarks, margin=data.region_margin), landmarks.astype(np.float32), moves, drawn)
 
 
 class Models(NamedTuple):
@@ -116,30 +132,53 @@ def make_models(config: Config, params: Any, frozen: Frozen, *, progress: Callab
     return Models(animate, lambda frames: joined(map(encode, windows(frames)), frames.shape[1]))
 
 
-def measure(case: Case, output: UInt8[np.ndarray, "N H W 3"], reconstructed: UInt8[np.ndarray, "N H W 3"]) -> dict[str, float]:
-    """The figures of one clip, by the names of ROWS."""
+def measure(case: Case, output: UInt8[np.ndarray, "N H W 3"], reconstructed: UInt8[np.ndarray, "N H W 3"], *, window: int) -> dict[str, float]:
+    """The figures of one clip, made in windows of so many frames, by the names of ROWS."""
     truth, copy = case.target, np.broadcast_to(case.source, case.target.shape)
     inside = faces.inside(truth, case.boxes)
     made = {"": output, "_copy": copy, "_autoencoder": reconstructed}
     figures = {f"psnr{name}": float(metrics.psnr(frames, truth).mean()) for name, frames in made.items()}
     figures |= {f"regions{name}": metrics.region_psnr(frames, truth, inside) for name, frames in made.items()}
     figures |= {f"{name}_gain": figures[name] - figures[f"{name}_copy"] for name in ("psnr", "regions")}
-    return figures | {"change": metrics.frame_change_ratio(output, truth)} | followed(output, case)
+    error = metrics.l1(output, truth)
+    figures |= {"change": metrics.frame_change_ratio(output, truth), "drift": drift(error[: len(error) // window * window].reshape(-1, window).mean(1))}
+    return figures | followed(output, case) | expression(output, copy, case)
+
+
+def drift(errors: Float[np.ndarray, " windows"]) -> float:
+    """How much of an error is left, or has come, in the last window; 1 where there was none."""
+    return float(errors[-1] / errors[0]) if errors[0] else 1.0
+
+
+def expression(output: UInt8[np.ndarray, "N H W 3"], copy: UInt8[np.ndarray, "N H W 3"], case: Case) -> dict[str, float]:
+    """How far gaze and mouth are from what they should be: of the output, of a copy, and of the truth as it is read."""
+    drawn, figures = readings.gaze_angles(case.motion.gaze_x, case.motion.gaze_y), {}
+    seen = {"": output, "_copy": copy, "_truth": case.target}
+    frames = {name: case.style.untone(pictures) for name, pictures in seen.items()}
+    gaze = {name: readings.gaze(pictures, case.landmarks) for name, pictures in frames.items()}
+    opening = {name: readings.mouth_opening(pictures, case.landmarks, case.style.mouth_inside) for name, pictures in frames.items()}
+    looking = np.isfinite(gaze["_truth"]).all(-1)
+    for name in frames:
+        figures[f"gaze{name}"] = float(np.linalg.norm(np.nan_to_num(gaze[name])[looking] - drawn[looking], axis=-1).mean())
+        figures[f"opening{name}"] = float(np.abs(opening[name] - (case.motion.mouth_open if name == "_truth" else opening["_truth"])).mean())
+    return figures
 
 
 def followed(output: UInt8[np.ndarray, "N H W 3"], case: Case) -> dict[str, float]:
     """How the output's head and mouth go with the truth's: correlations over time."""
-    made, true = motion_of(output, case.boxes), motion_of(case.target, case.boxes)
+    made, true = (motion_of(case.style.untone(frames), case.boxes, case.style.mouth_inside) for frames in (output, case.target))
     head, mouth = (metrics.correlation(*pair) for pair in zip(made, true, strict=True))
     across, down = (metrics.correlation(made[0][:, axis], true[0][:, axis]) for axis in (0, 1))
     return {"head_x": across, "head_y": down, "head": head, "mouth": mouth}
 
 
-def motion_of(frames: UInt8[np.ndarray, "N H W 3"], boxes: Float32[np.ndarray, "N 4 4"]) -> tuple[Float[np.ndarray, "N 2"], Float[np.ndarray, " N"]]:
-    """What pixels say of the motion: where the head is, and how much of the inside of the mouth is seen."""
+def motion_of(
+    frames: UInt8[np.ndarray, "N H W 3"], boxes: Float32[np.ndarray, "N 4 4"], inside: tuple[int, int, int] = drawing.MOUTH_INSIDE
+) -> tuple[Float[np.ndarray, "N 2"], Float[np.ndarray, " N"]]:
+    """What pixels say of the motion: where the head is, and how much is seen of the inside of the mouth, which has this colour."""
     # One box for the clip: a box that went with the true mouth would let its motion into what is measured.
     mouth = np.concatenate([boxes[:, 3, :2].min(0), boxes[:, 3, 2:].max(0)])
-    return readings.head_position(frames), readings.colour_amount(frames, drawing.MOUTH_INSIDE, mouth)
+    return readings.head_position(frames), readings.colour_amount(frames, inside, mouth)
 
 
 def summary(clips: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
@@ -235,28 +274,29 @@ def evaluate(flags: argparse.Namespace) -> None:
         models = make_models(config, params, frozen, progress=bar.update)
         for number in range(batches):
             indices = range(number * flags.batch, min((number + 1) * flags.batch, flags.clips))
-            batch = [case_of(config.data, split=flags.split, index=index, frames=flags.frames) for index in indices]
+            batch = [case_of(config.data, split=flags.split, index=index, frames=flags.frames, style=flags.style) for index in indices]
             filled = batch + batch[-1:] * (flags.batch - len(batch))  # one shape, one compilation
             source, driving, target = (np.stack(arrays) for arrays in list(zip(*filled, strict=True))[:3])
             made = models.animate(source, driving, jax.random.fold_in(jax.random.key(config.train.seed), number))
             seen = zip(batch, made, models.reconstruct(target), strict=False)  # without what filled the batch
-            clips += [measure(case, output, reconstructed) for case, output, reconstructed in seen]
+            clips += [measure(case, output, reconstructed, window=window) for case, output, reconstructed in seen]
             cases += batch
             outputs += list(made[: len(batch)])
     seconds = time.perf_counter() - started
 
     rows, named = summary(clips), ranked(clips)
     sampling = {"steps": config.sample.steps, "guidance": list(config.sample.guidance), "shift": config.sample.shift}
-    asked = {"split": flags.split, "clips": flags.clips, "frames": flags.frames, "batch": flags.batch}
+    asked = {"split": flags.split, "style": flags.style, "clips": flags.clips, "frames": flags.frames, "batch": flags.batch}
     how = f"{sampling['steps']} steps, guidance {sampling['guidance']}"
-    print(f"{config.name}: {flags.clips} clips of {flags.frames - 1} driven frames, split {flags.split}; {how}")
+    people = f"split {flags.split}" + (f", drawn in the style {flags.style}" if flags.style else "")
+    print(f"{config.name}: {flags.clips} clips of {flags.frames - 1} driven frames, {people}; {how}")
     print(table(rows))
     print(f"clips by PSNR: {', '.join(f'{name} {clip}' for name, clip in named.items())}; targets are for the mean; {seconds:.0f} s")
     if flags.sheet:
         titles = {clip: f"clip {clip}, {clips[clip]['psnr']:.1f} dB (copy {clips[clip]['psnr_copy']:.1f})" for clip in named.values()}
         iio.imwrite(flags.sheet, contact_sheet([(f"{name}: {titles[clip]}", cases[clip], outputs[clip]) for name, clip in named.items()]))
     if flags.animation:
-        clip = synthetic.pair(flags.split, named["median"], frames=flags.frames, size=max(RENDERED, config.data.size))
+        clip = synthetic.pair(flags.split, named["median"], frames=flags.frames, size=max(RENDERED, config.data.size), style=flags.style)
         driver = loader.whole_clip(clip._replace(target=clip.driver), config.data)[2]
         case = cases[named["median"]]
         write_animation(flags.animation, case.source, driver, case.driving, outputs[named["median"]])
@@ -294,6 +334,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", required=True, help="training workdir or exported checkpoint")
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="people and motions never trained on")
+    parser.add_argument("--style", choices=list(drawing.STYLES), help=f"of drawing, for all people (default: each its own of {', '.join(drawing.TRAINED)}, which are trained on)")
     parser.add_argument("--clips", type=int, default=32, help="pairs of people")
     parser.add_argument("--frames", type=int, default=40, help="per clip, the last of which is the source")
     parser.add_argument("--steps", type=int, help="denoising steps per window (default: the checkpoint's)")
