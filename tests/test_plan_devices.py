@@ -2,13 +2,18 @@
 
 import dataclasses
 import functools
+import json
 import math
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import pytest
 
 from svdp_jax import train_state
-from svdp_jax.config import AutoencoderConfig, Config, ConfigError, DataConfig, ModelConfig, TrainConfig
+from svdp_jax.config import AutoencoderConfig, Config, ConfigError, DataConfig, ModelConfig, TrainConfig, to_dict
 from svdp_jax.models import flops
 from svdp_jax.models.transformer import computing_type
 from svdp_jax.plan import rows, targets
@@ -90,3 +95,38 @@ def test_operations_and_arguments_are_the_counted_ones(name, strategy):
     assert memory["arguments"] == pytest.approx(shards + memory.get("padding", 0), rel=0.01)
     assert ("padding" in memory) == name.startswith("v") and memory.get("padding", 0) >= 0, "TPUs hold whole tiles of 8 x 128"
     assert found["fits"] and math.isclose(memory["total"], memory["arguments"] + memory["temporaries"])
+
+
+WHOLE = """
+import json, pathlib, sys
+from svdp_jax.config import Config, from_dict
+from svdp_jax.plan import compiler, costs, programs, targets
+
+target = targets.parse(sys.argv[1])
+config = programs.config_for(from_dict(Config, json.load(sys.stdin)), "fsdp", count=target.count, groups=target.groups, program="train", batch=1, remat="full")
+program = programs.lower_train(config, targets.devices(target), target.platform)
+compiled = program.lowered.compile()
+whole, half = compiler.of_machine_code(compiled), compiler.optimise(program.lowered, pathlib.Path(sys.argv[2]))
+read = [costs.of(found.text, program.mesh, target.device) for found in (whole, half)]
+memory = {"whole": whole[1:], "half": half[1:], "peak": compiled.memory_analysis().peak_memory_in_bytes}
+print(json.dumps({"same": read[0] == read[1], "flops": read[0].flops, **memory}), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_program_compiled_to_its_end_costs_and_holds_the_same(name, tmp_path):
+    target = targets.parse(name)
+    try:
+        targets.check_installed(target)
+    except ConfigError as missing:
+        pytest.skip(str(missing))
+    environment = os.environ | targets.environment(target) | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+    command = [sys.executable, "-c", WHOLE, name, str(tmp_path)]
+    found = json.loads(subprocess.run(command, input=json.dumps(to_dict(SMALL)), env=environment, text=True, capture_output=True, check=True).stdout.splitlines()[-1])
+    assert found["same"] and found["flops"] > 1e9 and list(tmp_path.glob("*buffer-assignment.txt"))
+    assert found["half"][0] == found["whole"][0]
+    if target.platform == "cuda":
+        assert found["half"] == found["whole"]
+    else:
+        assert sum(found["half"]) == pytest.approx(found["peak"], rel=0.03)
