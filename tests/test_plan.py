@@ -134,6 +134,44 @@ def test_of_an_array_that_is_sliced_onto_the_chip_the_slice_is_moved():
     assert [module.moved(where, op) for where, op, _ in module.walk()] == [part, part, part]
 
 
+SLICES = """
+%condition (state: (s32[], f32[4,8])) -> pred[] {
+  %state = (s32[], f32[4,8]{1,0}) parameter(0)
+  %end = s32[] constant(8)
+  %at = s32[] get-tuple-element(%state), index=0
+  ROOT %lt = pred[] compare(%at, %end), direction=LT
+}
+
+%body (state.1: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %state.1 = (s32[], f32[4,8]{1,0}) parameter(0)
+  %at.1 = s32[] get-tuple-element(%state.1), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%at.1, %one)
+  %x = f32[4,8]{1,0} get-tuple-element(%state.1), index=1
+  %token = token[] after-all()
+  %send.1 = (f32[4,8]{1,0}, u32[], token[]) send(%x, %token), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done.1 = token[] send-done(%send.1), channel_id=1
+  ROOT %again = (s32[], f32[4,8]{1,0}) tuple(%next, %x)
+}
+
+ENTRY %main (a: f32[4,8]) -> (s32[], f32[4,8]) {
+  %a = f32[4,8]{1,0} parameter(0)
+  %first = s32[] constant(1)
+  %begin = s32[] copy(%first)
+  %start = (s32[], f32[4,8]{1,0}) tuple(%begin, %a)
+  ROOT %loop = (s32[], f32[4,8]{1,0}) while(%start), condition=%condition, body=%body
+}
+"""
+
+
+def test_what_a_host_is_sent_for_other_slices_crosses_data_in_each_turn_that_is_left_of_a_loop():
+    mesh, device = {"data": 2, "fsdp": 8}, targets.PLANNED["v5p"]
+    (sent,) = costs.of(SLICES, mesh, device, groups=2).collectives
+    assert sent == costs.Collective("all-reduce", ("data",), 2, "f32", 7 * 4 * 4 * 8, 7)
+    seconds = costs.of(SLICES, mesh, device, groups=2).seconds["interconnect"]
+    assert seconds == pytest.approx(sent.bytes / (device.network * 1e9)), "a ring of two sends it once"
+
+
 def lowered_step():
     """A loop whose first argument is given up for its result."""
     step = lambda x, weights: (jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0], weights.sum())

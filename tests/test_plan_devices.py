@@ -128,5 +128,5 @@ def test_a_program_compiled_to_its_end_costs_and_holds_the_same(name, tmp_path):
     assert found["half"][0] == found["whole"][0]
     if target.platform == "cuda":
         assert found["half"] == found["whole"]
-    else:
-        assert sum(found["half"]) == pytest.approx(found["peak"], rel=0.03)
+    else:  # what is held at once is less than what has a place, and `temp_size_in_bytes` of an executable more
+        assert found["peak"] <= sum(found["half"]) <= sum(found["whole"])

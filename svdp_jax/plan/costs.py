@@ -42,7 +42,7 @@ def of(text: str, mesh: dict[str, int], device: Device | None, *, groups: int = 
         sent = [part for part in module.inside(computation, op) if part[1].collective]
         for where, part in sent:
             kind = _kind(part, where)
-            axes, devices = hlo.axes_of(part, mesh)
+            axes, devices = (("data",), groups) if part.between_slices else hlo.axes_of(part, mesh)  # of which only `data` leaves a slice
             arrays = [array for arrays in module.operands(where, part) for array in arrays]
             for dtype in {array.dtype for array in arrays}:  # one may take arrays of several
                 entry = found[kind, axes, devices, dtype]

@@ -63,6 +63,11 @@ class Op(NamedTuple):
         return found[1] if found else None
 
     @property
+    def between_slices(self) -> bool:
+        """Whether it sends something to other TPU slices."""
+        return self.kind == "send" and "_xla_megascale_transfer_type" in self.text
+
+    @property
     def where(self) -> str:
         """Where in the model it comes from."""
         found = re.search(r'op_name="([^"]*)"', self.text)
@@ -70,7 +75,10 @@ class Op(NamedTuple):
 
     @property
     def collective(self) -> str | None:
-        """Which kind of collective it is, or begins."""
+        """Which kind of collective it is, or begins; between TPU slices they are what a host is sent."""
+        if self.between_slices:
+            kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', self.text)[1].lower().replace("_", "-")
+            return "collective-permute" if kind == "one-to-one" else kind
         kind = self.kind.removesuffix("-start")
         return kind if kind in COLLECTIVES else None
 
@@ -106,7 +114,7 @@ class Module:
         name = computation or self.entry
         for op in self.computations[name]:
             if op.kind == "while":
-                yield from self.walk(op.attribute("body"), times * self._trips(op))
+                yield from self.walk(op.attribute("body"), times * self._trips(name, op))
             elif op.kind == "call":
                 yield from self.walk(op.attribute("to_apply"), times)
             elif op.kind == "conditional":
@@ -123,11 +131,26 @@ class Module:
         else:
             yield computation, op
 
-    def _trips(self, loop: Op) -> int:
+    def _trips(self, computation: str, loop: Op) -> int:
+        """How often a loop runs: as the text says, or from where it begins to the only number in its condition; 1 where that is not to be known."""
         if known := re.search(r'known_trip_count"?:\s*\{"?n"?:"?(\d+)', loop.text):
             return int(known[1])
-        counts = [int(found[1]) for _, op in self._all_of(loop.attribute("condition")) if op.kind == "constant" and (found := re.match(r"(\d+)\)", op.text))]
-        return counts[0] if len(counts) == 1 else 1
+        condition = list(self._all_of(loop.attribute("condition")))
+        counts = [int(found[1]) for _, op in condition if op.kind == "constant" and (found := re.match(r"(\d+)\)", op.text))]
+        if len(counts) != 1:
+            return 1
+        place = next((int(found[1]) for _, op in condition if op.kind == "get-tuple-element" and (found := re.search(r"index=(\d+)", op.text))), 0)
+        return counts[0] - self._begin(computation, loop, place)
+
+    def _begin(self, computation: str, loop: Op, place: int) -> int:
+        """The constant that a loop begins with in this place of what it takes (not 0 where its first turn was taken out of it); 0 where it is none."""
+        values = self._values[computation]
+        op = values.get(loop.operands[0])
+        name = op.operands[place] if op and op.kind == "tuple" else ""
+        while (op := values.get(name)) and op.kind in ("copy", "copy-start", "copy-done", "bitcast"):
+            name = op.operands[0]
+        found = re.match(r"(\d+)\)", op.text) if op and op.kind == "constant" else None
+        return int(found[1]) if found else 0
 
     def _all_of(self, computation: str | None) -> Iterator[tuple[str, Op]]:
         for op in self.computations.get(computation or "", []):
