@@ -36,11 +36,15 @@ class Costs(NamedTuple):
 
 def of(text: str, mesh: dict[str, int], device: Device | None, *, groups: int = 1) -> Costs:
     """The costs of a program's text on a mesh whose `data` axis crosses `groups` slices or hosts."""
-    module = hlo.Module(text)
+    module, chains = hlo.Module(text), set()
     flops, moved, seconds, found = 0.0, 0, 0.0, defaultdict(lambda: [0, 0])
     for computation, op, times in module.walk():
         sent = [part for part in module.inside(computation, op) if part[1].collective]
         for where, part in sent:
+            if part.chain:  # begun in one operation, and still there in others
+                if (computation, part.chain) in chains:
+                    continue
+                chains.add((computation, part.chain))
             kind = _kind(part, where)
             axes, devices = (("data",), groups) if part.between_slices else hlo.axes_of(part, mesh)  # of which only `data` leaves a slice
             arrays = [array for arrays in module.operands(where, part) for array in arrays]
@@ -48,7 +52,9 @@ def of(text: str, mesh: dict[str, int], device: Device | None, *, groups: int = 
                 entry = found[kind, axes, devices, dtype]
                 entry[0] += sum(array.bytes for array in arrays if array.dtype == dtype) * (devices if kind == "all-gather" else 1) * times
                 entry[1] += times
-        work, bytes_ = module.flops(computation, op), 0 if sent else module.moved(computation, op)
+        work, bytes_ = module.flops(computation, op), module.moved(computation, op)
+        if sent:
+            bytes_ = bytes_ - module.passed_on(computation, op) if work else 0
         flops, moved = flops + work * times, moved + bytes_ * times
         if device:
             seconds += times * max(work / (device.tflops * 1e12), bytes_ / (device.bandwidth * 1e9))

@@ -63,6 +63,12 @@ class Op(NamedTuple):
         return found[1] if found else None
 
     @property
+    def chain(self) -> str | None:
+        """The name of a collective that goes on while others compute: on TPUs it stands in each of these fusions, as in the one that begins it."""
+        found = re.search(r'channel_id=(\d+).*chain_id="(\d+)"', self.text)
+        return f"{found[1]} {found[2]}" if found else None
+
+    @property
     def between_slices(self) -> bool:
         """Whether it sends something to other TPU slices."""
         return self.kind == "send" and "_xla_megascale_transfer_type" in self.text
@@ -175,6 +181,15 @@ class Module:
             if last.kind == "dynamic-update-slice":  # in place
                 written = min(written, sum(array.bytes for array in self.operands(called, last)[1]))
         return int(sum(read) + written)
+
+    def passed_on(self, computation: str, op: Op) -> int:
+        """Of these bytes, those of arrays that an operation has from another and gives to the next: its results lie where its operands do."""
+        aliases = re.search(r"output_to_operand_aliasing=\{((?:\{\d*\}: \(\d+, \{\d*\}\)(?:, )?)+)\}", op.text)
+        if not aliases:
+            return 0
+        places = [(int(result or 0), int(operand)) for result, operand in re.findall(r"\{(\d*)\}: \((\d+),", aliases[1])]
+        operands = self.operands(computation, op)
+        return sum(op.results[place].traffic for place, _ in places) + sum(array.traffic for number in {operand for _, operand in places} for array in operands[number])
 
     @functools.cache  # noqa: B019  a module lives as long as its program is looked at
     def _shares(self, computation: str) -> dict[int, float]:
