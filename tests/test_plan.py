@@ -172,6 +172,42 @@ def test_what_a_host_is_sent_for_other_slices_crosses_data_in_each_turn_that_is_
     assert seconds == pytest.approx(sent.bytes / (device.network * 1e9)), "a ring of two sends it once"
 
 
+CHAIN = """
+%begin (share: bf16[4,8]) -> (bf16[4,8], bf16[32,8], u32[]) {
+  %share = bf16[4,8]{1,0} parameter(0)
+  %gather.1 = bf16[32,8]{1,0} all-gather(%share), channel_id=5, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, frontend_attributes={chain_id="1"}
+  ROOT %started = (bf16[4,8]{1,0}, bf16[32,8]{1,0}, u32[]) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (share.1: bf16[4,8], whole.1: bf16[32,8], a.1: bf16[16,64], b.1: bf16[64,16]) -> (bf16[16,16], bf16[4,8], bf16[32,8]) {
+  %share.1 = bf16[4,8]{1,0} parameter(0)
+  %whole.1 = bf16[32,8]{1,0} parameter(1)
+  %a.1 = bf16[16,64]{1,0} parameter(2)
+  %b.1 = bf16[64,16]{1,0} parameter(3)
+  %dot.1 = bf16[16,16]{1,0} dot(%a.1, %b.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %gather.2 = bf16[32,8]{1,0} all-gather(%share.1), channel_id=5, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, frontend_attributes={chain_id="1"}
+  ROOT %both = (bf16[16,16]{1,0}, bf16[4,8]{1,0}, bf16[32,8]{1,0}) tuple(%dot.1, %share.1, %gather.2)
+}
+
+ENTRY %main (share.2: bf16[4,8], a: bf16[16,64], b: bf16[64,16]) -> bf16[16,16] {
+  %share.2 = bf16[4,8]{1,0} parameter(0)
+  %a = bf16[16,64]{1,0} parameter(1)
+  %b = bf16[64,16]{1,0} parameter(2)
+  %start = (bf16[4,8]{1,0}, bf16[32,8]{1,0}, u32[]) fusion(%share.2), kind=kCustom, output_to_operand_aliasing={{0}: (0, {})}, calls=%begin
+  %mine = bf16[4,8]{1,0} get-tuple-element(%start), index=0
+  %whole = bf16[32,8]{1,0} get-tuple-element(%start), index=1
+  %fusion = (bf16[16,16]{1,0}, bf16[4,8]{1,0}, bf16[32,8]{1,0}) fusion(%mine, %whole, %a, %b), kind=kOutput, output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}, calls=%beside
+  ROOT %product = bf16[16,16]{1,0} get-tuple-element(%fusion), index=0
+}
+"""
+
+
+def test_a_collective_that_goes_on_beside_a_product_is_one_and_the_product_moves_its_own_bytes():
+    found = costs.of(CHAIN, {"fsdp": 8}, targets.PLANNED["v5e"])
+    assert [(sent.kind, sent.bytes, sent.times) for sent in found.collectives] == [("all-gather", 32 * 8 * 2, 1)]
+    assert found.flops == 2 * 16 * 16 * 64 and found.moved == 2 * (2 * 16 * 64 + 16 * 16)
+
+
 def lowered_step():
     """A loop whose first argument is given up for its result."""
     step = lambda x, weights: (jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0], weights.sum())

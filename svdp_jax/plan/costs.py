@@ -52,9 +52,8 @@ def of(text: str, mesh: dict[str, int], device: Device | None, *, groups: int = 
                 entry = found[kind, axes, devices, dtype]
                 entry[0] += sum(array.bytes for array in arrays if array.dtype == dtype) * (devices if kind == "all-gather" else 1) * times
                 entry[1] += times
-        work, bytes_ = module.flops(computation, op), module.moved(computation, op)
-        if sent:
-            bytes_ = bytes_ - module.passed_on(computation, op) if work else 0
+        work = module.flops(computation, op)
+        bytes_ = module.moved(computation, op) if work or not sent else 0
         flops, moved = flops + work * times, moved + bytes_ * times
         if device:
             seconds += times * max(work / (device.tflops * 1e12), bytes_ / (device.bandwidth * 1e9))

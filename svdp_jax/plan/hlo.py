@@ -170,8 +170,9 @@ class Module:
         if op.kind == "dynamic-update-slice":
             part, whole = self.operands(computation, op)[1][0], op.results[0]
             return part.traffic + (0 if whole.on_chip else part.bytes)
-        written = sum(array.traffic for array in op.results)
-        read = [sum(array.traffic for array in arrays) for arrays in self.operands(computation, op)]
+        results, operands = self._passed_on(op)
+        written = sum(array.traffic for place, array in enumerate(op.results) if place not in results)
+        read = [sum(array.traffic for array in arrays) * (number not in operands) for number, arrays in enumerate(self.operands(computation, op))]
         if op.kind.endswith("-start"):  # whose results name its operands again
             written -= sum(read)
         if called := op.attribute("calls") if op.kind == "fusion" else None:
@@ -182,14 +183,14 @@ class Module:
                 written = min(written, sum(array.bytes for array in self.operands(called, last)[1]))
         return int(sum(read) + written)
 
-    def passed_on(self, computation: str, op: Op) -> int:
-        """Of these bytes, those of arrays that an operation has from another and gives to the next: its results lie where its operands do."""
+    def _passed_on(self, op: Op) -> tuple[set[int], set[int]]:
+        """Which results and which operands belong to a collective that goes on beside what an operation does: its results lie where its operands do."""
+        called = self.computations.get(op.attribute("calls") or "", [])
         aliases = re.search(r"output_to_operand_aliasing=\{((?:\{\d*\}: \(\d+, \{\d*\}\)(?:, )?)+)\}", op.text)
-        if not aliases:
-            return 0
-        places = [(int(result or 0), int(operand)) for result, operand in re.findall(r"\{(\d*)\}: \((\d+),", aliases[1])]
-        operands = self.operands(computation, op)
-        return sum(op.results[place].traffic for place, _ in places) + sum(array.traffic for number in {operand for _, operand in places} for array in operands[number])
+        if not aliases or not any(part.chain for part in called):
+            return set(), set()
+        places = re.findall(r"\{(\d*)\}: \((\d+),", aliases[1])
+        return {int(result or 0) for result, _ in places}, {int(operand) for _, operand in places}
 
     @functools.cache  # noqa: B019  a module lives as long as its program is looked at
     def _shares(self, computation: str) -> dict[int, float]:
