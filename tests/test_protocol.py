@@ -78,6 +78,17 @@ def test_what_cannot_be_crossed_is_said(tmp_path):
 
 
 @pytest.mark.slow
+def test_from_whole_videos_to_jobs_of_other_people(videos, tmp_path, monkeypatch):
+    rules = ["--rules.min-frames", "5", "--rules.min-face", "10", "--rules.min-sharpness", "0", "--size", "64"]
+    prepare = [sys.executable, "-m", "svdp_jax.data.prepare", "--input", videos, "--output", tmp_path / "clips", "--validation", "0", *rules]
+    subprocess.run(prepare, check=True)
+    run(monkeypatch, protocol, "--clips", tmp_path / "clips", "--split", "train", "--output", tmp_path, "--protocol", "cross")
+    assert len(jobs(tmp_path)) == 3
+    with (tmp_path / "clips.csv").open(newline="") as file:
+        assert {row["video"] for row in csv.DictReader(file)} == {f"person{number}.mp4" for number in range(3)}
+
+
+@pytest.mark.slow
 def test_from_a_folder_of_videos_to_a_table(videos, tmp_path, monkeypatch):
     """The commands of docs/evaluation.md, with the bundled weights."""
     run(monkeypatch, protocol, "--videos", videos, "--output", tmp_path, "--protocol", "self", "--limit", 2)
