@@ -118,6 +118,7 @@ class DataConfig:
     history: int = 3  # F', frames of the last window that the next one sees; 0: windows know nothing of each other
     fps: float = 25.0
     face_scale: float = 2.3  # side of the crop, in sides of the face box
+    driver_mask: bool = True  # of the driver, only eyes, nose and mouth are seen; False shows the model all of it, looks and background too
     region_margin: float = 0.06  # around eyes, nose and mouth, in sides of the face box
     region_jitter: float = 0.0  # in training: standard deviation of each edge of a window's regions, in sides of the face box
     corrupt_limit: float = 0.01  # share of the records that may be corrupt; they are left out

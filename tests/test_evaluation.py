@@ -140,6 +140,15 @@ def test_an_error_that_grows_from_window_to_window_is_drift(case):
     assert rendered.measure(half, output, output, window=4)["drift"] == pytest.approx(18 / 10)
 
 
+def test_what_looks_half_like_the_driver_leaks_by_half(case):
+    where = ~faces.inside(case.target, case.boxes)
+    assert rendered.leak(case.target, case.target, case.driver, where) == 0 and rendered.leak(case.driver, case.target, case.driver, where) == pytest.approx(1)
+    half = ((case.target.astype(int) + case.driver) // 2).astype(np.uint8)
+    assert rendered.leak(half, case.target, case.driver, where) == pytest.approx(0.5, abs=0.02)
+    figures = rendered.measure(case, half, half, window=4)
+    assert figures["leak"] == pytest.approx(0.5, abs=0.02) and figures["rest"] < 30
+
+
 @pytest.fixture(scope="module")
 def case():
     return rendered.case_of(DATA, split="validation", index=0, frames=25)

@@ -1,5 +1,6 @@
 """From files to what sampling sees: landmarks beside a file count, crops show both faces alike, the mask hides the rest."""
 
+import dataclasses
 from fractions import Fraction
 
 import imageio.v3 as iio
@@ -61,6 +62,14 @@ def test_masked_frames_are_the_driver_inside_the_regions_and_black_outside(pair)
         assert 0.02 < inside.mean() < 0.5
         assert not masked[~inside].any()
         np.testing.assert_array_equal(masked[inside], whole[inside])
+
+
+def test_a_driver_without_a_mask_is_seen_whole(pair):
+    folder, _ = pair
+    prepared = inputs.prepare(folder / "portrait.png", folder / "motion.mp4", DATA)
+    frames = inputs.masked_frames(prepared, dataclasses.replace(DATA, driver_mask=False), start=2)
+    for seen, whole in zip(frames, inputs.driver_frames(prepared, start=2), strict=True):
+        np.testing.assert_array_equal(seen, whole)
 
 
 def test_an_aligned_source_face_has_the_drivers_size_and_place(pair, tmp_path):

@@ -277,6 +277,7 @@ def test_whole_clip(data):
     np.testing.assert_array_equal(target, clip.target[:-1])
     boxes = faces.regions(clip.driver_landmarks[:-1], margin=data.region_margin)
     np.testing.assert_array_equal(driving, faces.mask_frames(clip.driver[:-1], boxes))
+    np.testing.assert_array_equal(loader.whole_clip(clip, dataclasses.replace(data, driver_mask=False))[1], clip.driver[:-1])
     assert loader.whole_clip(clip, dataclasses.replace(data, size=16))[1].shape == (FRAMES - 1, 16, 16, 3)
 
 

@@ -110,6 +110,11 @@ def test_both_people_are_drawn_in_the_style_that_is_asked_for():
     assert (plain.target_landmarks == drawn.target_landmarks).all()
 
 
+def test_who_drives_themselves_is_their_own_driver():
+    pair, itself = (synthetic.pair("train", 3, frames=2, size=32, recoloured=1.0, same_person=same) for same in (False, True))
+    assert (itself.target == pair.target).all() and (itself.driver == itself.target).all() and (itself.driver_landmarks == itself.target_landmarks).all()
+
+
 def test_rendering_is_fast():
     who, move = synthetic.identity(0), synthetic.motion(0, 24)
     seconds = []

@@ -101,7 +101,7 @@ def test_processes_and_what_they_have_started_end_with_their_parent(tmp_path, en
     children = [int(number) for path in paths for number in pathlib.Path(path).read_text().split()]
     assert len(children) == 4 and all(map(alive, children))
     parent.send_signal(end)
-    parent.wait(timeout=20)
+    parent.wait(timeout=60)
     wait_for(lambda: not any(map(alive, children)), seconds=10)
 
 

@@ -97,6 +97,9 @@ def driver_frames(inputs: Inputs, *, start: int = 0) -> Iterator[UInt8[np.ndarra
 
 def masked_frames(inputs: Inputs, data: DataConfig, *, start: int = 0) -> Iterator[UInt8[np.ndarray, "size size 3"]]:
     """The driver's frames as the model sees them, from number `start` on."""
+    if not data.driver_mask:
+        yield from driver_frames(inputs, start=start)
+        return
     boxes = faces.regions(inputs.landmarks[start:], margin=data.region_margin)
     for frame, box in zip(driver_frames(inputs, start=start), boxes, strict=True):
         yield faces.mask_frames(frame[None], box[None])[0]

@@ -190,6 +190,8 @@ def whole_clip(clip: clips_lib.Clip, data: DataConfig) -> tuple[Frame, Frames, F
 def _driving(
     frames: Frames, landmarks: Float[np.ndarray, "N K 2"], data: DataConfig, *, jitter: Float[np.ndarray, "4 4"] | float = 0.0
 ) -> UInt8[np.ndarray, "N {data.size} {data.size} 3"]:
+    if not data.driver_mask:
+        return _resize(frames, data.size)
     # Masked at the size the model sees: a resized mask would have soft edges, and leak.
     scale = data.size / frames.shape[1]
     landmarks = (landmarks + 0.5) * scale - 0.5  # pixel centres are integers

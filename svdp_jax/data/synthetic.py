@@ -124,8 +124,8 @@ def render_clip(
     return style.tone(frames), (landmarks * size - 0.5).astype(np.float32)
 
 
-def pair(split: Split, index: int, *, frames: int, size: int, style: str | None = None, recoloured: float = 0.0) -> clips.Clip:
-    """The `index`-th pair of a split: two people of their own in the same motion, at 25 frames per second.
+def pair(split: Split, index: int, *, frames: int, size: int, style: str | None = None, recoloured: float = 0.0, same_person: bool = False) -> clips.Clip:
+    """The `index`-th pair of a split: two people of their own in the same motion, at 25 frames per second; or one, who drives themselves.
 
     Both are drawn in `style`, if one is given; a share `recoloured` of all pairs is in colours that no palette has, each of the two in their own."""
     moves = motion(split_seed(split, index, "motion"), frames)
@@ -136,6 +136,8 @@ def pair(split: Split, index: int, *, frames: int, size: int, style: str | None 
     rng = np.random.default_rng([split_seed(split, index, "motion"), 3])
     if rng.random() < recoloured:
         target, driver = augment.recolour(target, rng), augment.recolour(driver, rng)
+    if same_person:
+        driver, driver_landmarks = target, target_landmarks
     return clips.Clip(f"{split}-{index:06d}", 25.0, target, driver, target_landmarks, driver_landmarks)
 
 
@@ -153,12 +155,14 @@ class _Shard(NamedTuple):
     frames: int
     size: int
     recoloured: float
+    same_person: bool
 
 
 def _write_shard(job: _Shard) -> int:
     """Renders and writes one shard; returns its number of pairs."""
     cv2.setNumThreads(1)  # there is a process per core already
-    pairs = (pair(job.split, index, frames=job.frames, size=job.size, recoloured=job.recoloured) for index in job.indices)
+    how = {"frames": job.frames, "size": job.size, "recoloured": job.recoloured, "same_person": job.same_person}
+    pairs = (pair(job.split, index, **how) for index in job.indices)
     clips.write_clips(pairs, job.directory, split=job.split, shard=job.shard, shards=job.shards)
     return len(job.indices)
 
@@ -176,6 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, default=24, help="frames per clip")
     parser.add_argument("--size", type=int, default=128, help="pixels, height and width of a frame")
     parser.add_argument("--recoloured", type=float, default=0.0, help="share of the training pairs whose colours no palette has, 0 to 1")
+    parser.add_argument("--same-person", action="store_true", help="everybody drives themselves, as in training on videos of which there is no other person")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other people and motions")
     flags = parser.parse_args(arguments)
     limits = {
@@ -195,9 +200,9 @@ def main(arguments: list[str] | None = None) -> None:
         shards = -(-count // PAIRS_PER_SHARD)
         for shard in range(shards):
             indices = range(first + shard * count // shards, first + (shard + 1) * count // shards)
-            jobs.append(_Shard(flags.output, split, shard, shards, indices, flags.frames, flags.size, flags.recoloured if split == "train" else 0.0))
+            jobs.append(_Shard(flags.output, split, shard, shards, indices, flags.frames, flags.size, flags.recoloured if split == "train" else 0.0, flags.same_person))
     try:
-        parts.settle(flags.output / "synthetic.json", {name: getattr(flags, name) for name in limits})
+        parts.settle(flags.output / "synthetic.json", {name: getattr(flags, name) for name in (*limits, "same_person")})
         missing = [job for job in jobs if not clips.shard_path(job.directory, split=job.split, shard=job.shard, shards=job.shards).exists()]
         total = flags.pairs + flags.validation_pairs
         done = total - sum(len(job.indices) for job in missing)

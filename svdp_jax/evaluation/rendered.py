@@ -15,6 +15,8 @@ Out: a table with targets, and as last line its figures as JSON.
     gaze              degrees between where the eyes look and where they were drawn to look; 0 to the front where no pupil is found, blinks left out
     opening           how far the mouth is open, read from output and truth alike: the difference, 1 from closed to wide open
     drift             mean absolute error of the last window, times that of the first
+    rest              dB of all but eyes, nose and mouth, where the person's looks are
+    leak              how far the colours of that rest go from the truth's towards the driver's: 0 not at all, 1 all the way
     autoencoder       dB of the truth, encoded and decoded: what no model with these latents exceeds by much
     truth             the same read from the truth, against what was drawn: how well it can be read
 
@@ -39,7 +41,7 @@ import imageio.v3 as iio
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Key, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Key, UInt8
 from tqdm import tqdm
 
 import svdp_jax
@@ -64,6 +66,8 @@ ROWS = {
     "regions_copy": ("  of copying the source", None, 0),
     "regions_autoencoder": ("  of the autoencoder alone", None, 0),
     "regions_gain": ("  gain over copying", 8.0, 1),
+    "rest": ("PSNR, the rest (dB)", None, 0),
+    "leak": ("driver's colours in the rest", None, 0),
     "change": ("frame-to-frame change, x truth's", 1.2, -1),
     "drift": ("error, last window x first", 1.1, -1),
     "head_x": ("head across, correlation", None, 0),
@@ -89,6 +93,7 @@ class Case(NamedTuple):
     landmarks: Float32[np.ndarray, "N 68 2"]  # the target's
     motion: drawing.Motion  # of N frames
     style: drawing.Style
+    driver: UInt8[np.ndarray, "N H W 3"]  # all of it
 
 
 def case_of(data: DataConfig, *, split: synthetic.Split, index: int, frames: int, style: str | None = None) -> Case:
@@ -98,7 +103,9 @@ def case_of(data: DataConfig, *, split: synthetic.Split, index: int, frames: int
     landmarks = (clip.target_landmarks[:-1] + 0.5) * scale - 0.5  # pixel centres are integers
     moves = synthetic.motion(synthetic.split_seed(split, index, "motion"), frames - 1)
     drawn = drawing.STYLES[style or synthetic.identity(synthetic.split_seed(split, 2 * index, "identity")).drawing]
-    return Case(*loader.whole_clip(clip, data), faces.regions(landmarks, margin=data.region_margin), landmarks.astype(np.float32), moves, drawn)
+    boxes = faces.regions(landmarks, margin=data.region_margin)
+    driver = loader.whole_clip(clip._replace(target=clip.driver), data)[2]
+    return Case(*loader.whole_clip(clip, data), boxes, landmarks.astype(np.float32), moves, drawn, driver)
 
 
 class Models(NamedTuple):
@@ -140,14 +147,24 @@ def measure(case: Case, output: UInt8[np.ndarray, "N H W 3"], reconstructed: UIn
     figures = {f"psnr{name}": float(metrics.psnr(frames, truth).mean()) for name, frames in made.items()}
     figures |= {f"regions{name}": metrics.region_psnr(frames, truth, inside) for name, frames in made.items()}
     figures |= {f"{name}_gain": figures[name] - figures[f"{name}_copy"] for name in ("psnr", "regions")}
-    error = metrics.l1(output, truth)
-    figures |= {"change": metrics.frame_change_ratio(output, truth), "drift": drift(error[: len(error) // window * window].reshape(-1, window).mean(1))}
+    errors = window_errors(output, truth, window)
+    figures |= {"rest": metrics.region_psnr(output, truth, ~inside), "leak": leak(output, truth, case.driver, ~inside)}
+    figures |= {"change": metrics.frame_change_ratio(output, truth), "drift": float(errors[-1] / errors[0]) if errors[0] else 1.0}
     return figures | followed(output, case) | expression(output, copy, case)
 
 
-def drift(errors: Float[np.ndarray, " windows"]) -> float:
-    """How much of an error is left, or has come, in the last window; 1 where there was none."""
-    return float(errors[-1] / errors[0]) if errors[0] else 1.0
+def window_errors(output: UInt8[np.ndarray, "N H W 3"], truth: UInt8[np.ndarray, "N H W 3"], window: int) -> Float[np.ndarray, " windows"]:
+    """Mean absolute error of each whole window."""
+    error = metrics.l1(output, truth)
+    return error[: len(error) // window * window].reshape(-1, window).mean(1)
+
+
+def leak(
+    output: UInt8[np.ndarray, "N H W 3"], truth: UInt8[np.ndarray, "N H W 3"], driver: UInt8[np.ndarray, "N H W 3"], where: Bool[np.ndarray, "N H W"]
+) -> float:
+    """The share of the way from the truth to the driver that the output's pixels have gone, in least squares."""
+    way = driver[where].astype(np.float64) - truth[where]
+    return float(((output[where] - truth[where].astype(np.float64)) * way).sum() / np.square(way).sum())
 
 
 def expression(output: UInt8[np.ndarray, "N H W 3"], copy: UInt8[np.ndarray, "N H W 3"], case: Case) -> dict[str, float]:
@@ -269,7 +286,7 @@ def evaluate(flags: argparse.Namespace) -> None:
 
     started, batches = time.perf_counter(), -(-flags.clips // flags.batch)
     steps = batches * -(-(flags.frames - 1) // window) * config.sample.steps
-    cases, outputs, clips = [], [], []
+    cases, outputs, clips, errors = [], [], [], []
     with tqdm(total=steps, unit="step", desc=f"{flags.clips} clips of {flags.split}", dynamic_ncols=True) as bar:
         models = make_models(config, params, frozen, progress=bar.update)
         for number in range(batches):
@@ -280,6 +297,7 @@ def evaluate(flags: argparse.Namespace) -> None:
             made = models.animate(source, driving, jax.random.fold_in(jax.random.key(config.train.seed), number))
             seen = zip(batch, made, models.reconstruct(target), strict=False)  # without what filled the batch
             clips += [measure(case, output, reconstructed, window=window) for case, output, reconstructed in seen]
+            errors += [window_errors(output, case.target, window) for case, output in zip(batch, made, strict=False)]
             cases += batch
             outputs += list(made[: len(batch)])
     seconds = time.perf_counter() - started
@@ -296,15 +314,13 @@ def evaluate(flags: argparse.Namespace) -> None:
         titles = {clip: f"clip {clip}, {clips[clip]['psnr']:.1f} dB (copy {clips[clip]['psnr_copy']:.1f})" for clip in named.values()}
         iio.imwrite(flags.sheet, contact_sheet([(f"{name}: {titles[clip]}", cases[clip], outputs[clip]) for name, clip in named.items()]))
     if flags.animation:
-        clip = synthetic.pair(flags.split, named["median"], frames=flags.frames, size=max(RENDERED, config.data.size), style=flags.style)
-        driver = loader.whole_clip(clip._replace(target=clip.driver), config.data)[2]
         case = cases[named["median"]]
-        write_animation(flags.animation, case.source, driver, case.driving, outputs[named["median"]])
+        write_animation(flags.animation, case.source, case.driver, case.driving, outputs[named["median"]])
     device = jax.devices()[0]
     versions = {"svdp_jax": svdp_jax.__version__, "jax": jax.__version__, "numpy": np.__version__, "python": platform.python_version()}
     record = {
         "config": config.name, **asked, "sampling": sampling, "device": f"{device.platform}: {device.device_kind}", "versions": versions,
-        "seconds": round(seconds, 1), "by_psnr": named, "figures": rows,
+        "seconds": round(seconds, 1), "by_psnr": named, "figures": rows, "error_by_window": np.mean(errors, axis=0).tolist(),
     }  # fmt: skip
     if flags.json:
         flags.json.write_text(json.dumps(record | {"per_clip": clips}, indent=2) + "\n")

@@ -1,0 +1,176 @@
+"""The paper's questions, answered on rendered portraits, where the truth is at hand.
+
+    python benchmarks/ablations.py --workdir runs/ablations [--only factorized,zero] [--seeds 0,1,2] [--steps 4000] [--clips 16]
+
+Every variant is configs/ablations.py with the few fields that its question is about, trained by train.py for as many steps, and rolled out over ten windows of
+held-out pairs by `svdp_jax.evaluation.rendered`, of which the figures are. What is there already is not done again; a run that was cut off goes on. Guidance is asked
+of the first variant's weights. Out: a table for each question, WORKDIR/figures.json, and a picture for each question (errors by window, or a sweep).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import matplotlib
+import matplotlib.pyplot as plt
+from rich.console import Console
+from rich.table import Table
+
+matplotlib.use("agg")
+ROOT = pathlib.Path(__file__).parents[1]
+WINDOWS, WINDOW = 10, 8
+FIGURES = ("psnr", "regions", "rest", "change", "drift", "head", "mouth", "opening", "gaze", "leak")
+
+
+class Variant(NamedTuple):
+    """What is trained otherwise than the first variant is."""
+
+    flags: tuple[str, ...] = ()
+    pairs: str = "others"  # the data set: driven by other people, or by "themselves"
+
+
+VARIANTS = {
+    "svdp": Variant(),
+    "factorized": Variant(("--model.temporal", "factorized")),
+    "no-history": Variant(("--data.history", "0")),
+    "history-from-start": Variant(("--train.history-from-step", "0")),
+    "zero": Variant(("--model.dropped", "zero")),
+    "cached": Variant(("--model.history", "cached")),
+    "same-masked": Variant(pairs="themselves"),
+    "same-whole": Variant(("--data.no-driver-mask",), pairs="themselves"),
+}
+QUESTIONS = {  # -> which variants answer it, and the figures that tell
+    "full-video attention, or factorized": (("svdp", "factorized"), ("psnr", "regions", "change", "drift", "mouth", "gaze")),
+    "history, or none": (("svdp", "no-history"), ("psnr", "regions", "change", "drift", "head")),
+    "history last, or from the start": (("svdp", "history-from-start"), ("psnr", "regions", "mouth", "gaze", "drift")),
+    "dropped signals left out, or zero": (("svdp", "zero"), ("psnr", "regions", "mouth", "gaze")),
+    "history joint, or cached": (("svdp", "cached"), ("psnr", "regions", "change", "drift")),
+    "the driver masked, or whole": (("svdp", "same-masked", "same-whole"), ("psnr", "rest", "leak", "mouth", "gaze")),
+}
+SIGNALS = "source", "driving", "history"
+WEIGHTS = (0.5, 1.0, 1.5, 2.0, 3.0)  # of one signal, the others at 1
+
+
+def main() -> None:
+    flags = parse()
+    datasets = {name: make_data(flags.workdir / name, name) for name in {VARIANTS[variant].pairs for variant in flags.only}}
+    found = {variant: [figures(variant, seed, datasets[VARIANTS[variant].pairs], flags) for seed in flags.seeds] for variant in flags.only}
+    swept = {signal: [[guided(signal, weight, seed, flags) for seed in flags.seeds] for weight in WEIGHTS] for signal in SIGNALS} if "svdp" in flags.only else {}
+    (flags.workdir / "figures.json").write_text(json.dumps({"steps": flags.steps, "seeds": flags.seeds, "variants": found, "guidance": swept}, indent=1) + "\n")
+    console = Console()
+    for number, (question, (variants, names)) in enumerate(QUESTIONS.items(), start=1):
+        if set(variants) <= set(found):
+            console.print(table(f"{number}. {question}", {variant: found[variant] for variant in variants}, names))
+            draw_windows({variant: found[variant] for variant in variants}, question, flags.workdir / f"question{number}.png")
+    for signal, by_weight in swept.items():
+        console.print(table(f"guidance: {signal}", dict(zip(map(str, WEIGHTS), by_weight, strict=True)), ("psnr", "rest", "regions", "mouth", "gaze", "change")))
+    if swept:
+        draw_guidance(swept, flags.workdir / "guidance.png")
+
+
+def make_data(directory: pathlib.Path, pairs: str) -> pathlib.Path:
+    """Pairs to train on; those that are there are kept."""
+    run("-m", "svdp_jax.data.synthetic", "--output", directory, "--pairs", 1600, "--size", 64, *(["--same-person"] if pairs == "themselves" else []))
+    return directory
+
+
+def figures(variant: str, seed: int, data: pathlib.Path, flags: argparse.Namespace) -> dict[str, Any]:
+    """Of a variant, trained with this seed."""
+    folder = flags.workdir / f"{variant}-{seed}"
+    if not (folder / "figures.json").exists():
+        run("train.py", "--config", "configs/ablations.py", "--workdir", folder, "--data.path", data, *trained(variant, steps=flags.steps, seed=seed))
+    return evaluate(folder, folder / "figures.json", flags)
+
+
+def trained(variant: str, *, steps: int, seed: int) -> list[Any]:
+    """Flags of train.py: history comes in the last quarter, unless the variant says otherwise."""
+    own = VARIANTS[variant].flags
+    curriculum = [] if "--train.history-from-step" in own else ["--train.history-from-step", steps * 3 // 4]
+    return ["--train.steps", steps, "--train.seed", seed, *curriculum, *own]
+
+
+def guided(signal: str, weight: float, seed: int, flags: argparse.Namespace) -> dict[str, Any]:
+    """Of the first variant, with another weight of one signal."""
+    folder = flags.workdir / f"svdp-{seed}"
+    weights = [weight if name == signal else 1.0 for name in SIGNALS]
+    return evaluate(folder, folder / f"figures-{signal}-{weight}.json", flags, "--guidance", *weights)
+
+
+def evaluate(folder: pathlib.Path, path: pathlib.Path, flags: argparse.Namespace, *more: Any) -> dict[str, Any]:
+    if not path.exists():
+        asked = ("--clips", flags.clips, "--frames", WINDOWS * WINDOW + 1, "--json", path)
+        run("-m", "svdp_jax.evaluation.rendered", "--checkpoint", folder, *asked, *more)
+    found = json.loads(path.read_text())
+    return {name: found["figures"][name]["mean"] for name in FIGURES} | {"error_by_window": found["error_by_window"]}
+
+
+def run(*command: Any) -> None:
+    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, stdout=sys.stderr)
+
+
+def table(title: str, found: dict[str, list[dict[str, Any]]], names: tuple[str, ...]) -> Table:
+    """A row for each variant: means over the seeds, and from the least to the most."""
+    made = Table(title=title, title_justify="left")
+    for name in ("", *names):
+        made.add_column(name, justify="right" if name else "left")
+    for variant, runs in found.items():
+        cells = []
+        for name in names:
+            values = [figures[name] for figures in runs]
+            spread = f" ({min(values):.2f} .. {max(values):.2f})" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}")
+        made.add_row(variant, *cells)
+    return made
+
+
+def draw_windows(found: dict[str, list[dict[str, Any]]], title: str, path: pathlib.Path) -> None:
+    """Error of each window: a line for each variant, a thin one for each seed."""
+    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    for number, (variant, runs) in enumerate(found.items()):
+        curves = [figures["error_by_window"] for figures in runs]
+        windows = range(1, len(curves[0]) + 1)
+        for curve in curves:
+            axes.plot(windows, curve, color=f"C{number}", linewidth=0.6, alpha=0.6)
+        axes.plot(windows, [statistics.mean(values) for values in zip(*curves, strict=True)], color=f"C{number}", linewidth=2, label=variant)
+    axes.set(xlabel="window", ylabel="mean absolute error", title=title, ylim=(0, None))
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_guidance(swept: dict[str, list[list[dict[str, Any]]]], path: pathlib.Path) -> None:
+    """Looks against motion as one weight grows: dB of what is not eyes, nose and mouth, and degrees of gaze."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for panel, (name, label) in zip(panels, (("rest", "looks: PSNR of the rest, dB"), ("gaze", "motion: error of gaze, degrees")), strict=True):
+        for signal, by_weight in swept.items():
+            panel.plot(WEIGHTS, [statistics.mean(figures[name] for figures in runs) for runs in by_weight], marker="o", label=signal)
+        panel.set(xlabel="weight, the others at 1", ylabel=label)
+    panels[0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--only", default=",".join(VARIANTS), help="variants, with commas (default: all)")
+    parser.add_argument("--seeds", default="0,1,2", help="of training, with commas (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4000, help="of training (default: %(default)s)")
+    parser.add_argument("--clips", type=int, default=16, help="held-out pairs (default: %(default)s)")
+    flags = parser.parse_args()
+    flags.only, flags.seeds = flags.only.split(","), [int(seed) for seed in flags.seeds.split(",")]
+    if unknown := set(flags.only) - set(VARIANTS):
+        parser.error(f"--only {', '.join(sorted(unknown))}: there is {', '.join(VARIANTS)}")
+    flags.workdir = flags.workdir.resolve()
+    flags.workdir.mkdir(parents=True, exist_ok=True)
+    return flags
+
+
+if __name__ == "__main__":
+    main()
