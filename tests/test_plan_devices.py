@@ -29,13 +29,19 @@ TARGETS = ["h100x8", "v5p:2x2x2"]
 STRATEGIES = [pytest.param("dp", marks=pytest.mark.slow), "fsdp"]
 
 
-@functools.cache
-def row(name, strategy):
+def installed(name):
+    """The target, where its compiler is here."""
     target = targets.parse(name)
     try:
         targets.check_installed(target)
     except ConfigError as missing:
         pytest.skip(str(missing))
+    return target
+
+
+@functools.cache
+def row(name, strategy):
+    target = installed(name)
     ((found, _),) = rows.fill([rows.Request(SMALL, target, strategy, "train", 1, "full")], limits=rows.Limits(), directory=CACHE)
     assert "reason" not in found, found["reason"]
     return found
@@ -117,11 +123,7 @@ os._exit(0)  # where one compiler is still at work
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_program_compiled_to_its_end_costs_and_holds_the_same(name, tmp_path):
-    target = targets.parse(name)
-    try:
-        targets.check_installed(target)
-    except ConfigError as missing:
-        pytest.skip(str(missing))
+    target = installed(name)
     environment = os.environ | targets.environment(target) | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
     command = [sys.executable, "-c", WHOLE, name, str(tmp_path)]
     found = json.loads(subprocess.run(command, input=json.dumps(to_dict(SMALL)), env=environment, text=True, capture_output=True, check=True).stdout.splitlines()[-1])
