@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import pathlib
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -152,17 +152,13 @@ class _Shard(NamedTuple):
     shard: int
     shards: int
     indices: range
-    frames: int
-    size: int
-    recoloured: float
-    same_person: bool
+    how: dict[str, Any]  # of `pair`
 
 
 def _write_shard(job: _Shard) -> int:
     """Renders and writes one shard; returns its number of pairs."""
     cv2.setNumThreads(1)  # there is a process per core already
-    how = {"frames": job.frames, "size": job.size, "recoloured": job.recoloured, "same_person": job.same_person}
-    pairs = (pair(job.split, index, **how) for index in job.indices)
+    pairs = (pair(job.split, index, **job.how) for index in job.indices)
     clips.write_clips(pairs, job.directory, split=job.split, shard=job.shard, shards=job.shards)
     return len(job.indices)
 
@@ -198,9 +194,10 @@ def main(arguments: list[str] | None = None) -> None:
     first, jobs = flags.seed * SEED_STRIDE, []
     for split, count in ("train", flags.pairs), ("validation", flags.validation_pairs):
         shards = -(-count // PAIRS_PER_SHARD)
+        how = {"frames": flags.frames, "size": flags.size, "same_person": flags.same_person, "recoloured": flags.recoloured if split == "train" else 0.0}
         for shard in range(shards):
             indices = range(first + shard * count // shards, first + (shard + 1) * count // shards)
-            jobs.append(_Shard(flags.output, split, shard, shards, indices, flags.frames, flags.size, flags.recoloured if split == "train" else 0.0, flags.same_person))
+            jobs.append(_Shard(flags.output, split, shard, shards, indices, how))
     try:
         parts.settle(flags.output / "synthetic.json", {name: getattr(flags, name) for name in (*limits, "same_person")})
         missing = [job for job in jobs if not clips.shard_path(job.directory, split=job.split, shard=job.shard, shards=job.shards).exists()]
