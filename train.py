@@ -37,6 +37,8 @@ class TrainingError(Exception):
 def main(config: Config, workdir: files.Place, cluster: processes.Cluster) -> None:
     # ----------------------------------------------------------------------------------------------------- mesh and data
     processes.start(cluster)
+    if jax.process_count() == 1:  # of several, only the first would find its own, and GPUs share out the tuning of what they compile together
+        cli.keep_programs()
     train, writer = config.train, jax.process_index() == 0
     if train.profile and files.is_remote(workdir):
         raise ConfigError(f"train.profile={train.profile} needs a local --workdir: a trace cannot be written to {workdir}")

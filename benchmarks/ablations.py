@@ -2,8 +2,9 @@
 
     python benchmarks/ablations.py --workdir runs/ablations [--only factorized,zero] [--seeds 0,1,2] [--steps 4000] [--clips 16]
 
-Every variant is configs/ablations.py with the few fields that its question is about, trained by train.py for as many steps, and rolled out over ten windows of
-held-out pairs by `svdp_jax.evaluation.rendered`, of which the figures are. What is there already is not done again; a run that was cut off goes on. Guidance is asked
+Every variant is configs/ablations.py with the few fields that its question is about, trained by train.py with as much compute as the first one takes for its steps
+(FLOP of `models/flops.py`: where a step costs more, there are fewer), and rolled out over ten windows of held-out pairs by `svdp_jax.evaluation.rendered`, of which the
+figures are. What is there already is not done again; a run that was cut off goes on. Guidance is asked
 of the first variant's weights. Out: a table for each question, WORKDIR/figures.json, and a picture for each question (errors by window, or a sweep).
 """
 
@@ -22,8 +23,15 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-matplotlib.use("agg")
 ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from svdp_jax import cli  # noqa: E402
+from svdp_jax.config import load_config  # noqa: E402
+from svdp_jax.models import flops  # noqa: E402
+
+matplotlib.use("agg")
+CONFIG = ROOT / "configs" / "ablations.py"
 WINDOWS, WINDOW = 10, 8
 FIGURES = ("psnr", "regions", "rest", "change", "drift", "head", "mouth", "opening", "gaze", "leak")
 
@@ -84,15 +92,28 @@ def figures(variant: str, seed: int, data: pathlib.Path, flags: argparse.Namespa
     """Of a variant, trained with this seed."""
     folder = flags.workdir / f"{variant}-{seed}"
     if not (folder / "figures.json").exists():
-        run("train.py", "--config", "configs/ablations.py", "--workdir", folder, "--data.path", data, *trained(variant, steps=flags.steps, seed=seed))
+        steps = equal_steps(variant, flags.steps)
+        run("train.py", "--config", CONFIG, "--workdir", folder, "--data.path", data, "--train.seed", seed, *trained(variant, steps))
     return evaluate(folder, folder / "figures.json", flags)
 
 
-def trained(variant: str, *, steps: int, seed: int) -> list[Any]:
+def trained(variant: str, steps: int) -> list[Any]:
     """Flags of train.py: history comes in the last quarter, unless the variant says otherwise."""
     own = VARIANTS[variant].flags
     curriculum = [] if "--train.history-from-step" in own else ["--train.history-from-step", steps * 3 // 4]
-    return ["--train.steps", steps, "--train.seed", seed, *curriculum, *own]
+    return ["--train.steps", steps, *curriculum, *own]
+
+
+def equal_steps(variant: str, steps: int) -> int:
+    """So many of a variant's steps as take what `steps` of the first variant take."""
+    return round(steps * compute("svdp", steps) / compute(variant, steps))
+
+
+def compute(variant: str, steps: int) -> float:
+    """FLOP of a variant's training."""
+    config = cli.parse(load_config(CONFIG), list(map(str, trained(variant, steps))), description="", prog="")
+    with_history = sum(map(config.has_history, range(steps)))
+    return (steps - with_history) * flops.train_step(config, with_history=False).total + with_history * flops.train_step(config, with_history=True).total
 
 
 def guided(signal: str, weight: float, seed: int, flags: argparse.Namespace) -> dict[str, Any]:
@@ -161,7 +182,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     parser.add_argument("--only", default=",".join(VARIANTS), help="variants, with commas (default: all)")
     parser.add_argument("--seeds", default="0,1,2", help="of training, with commas (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=4000, help="of training (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4000, help="of training the first variant (default: %(default)s)")
     parser.add_argument("--clips", type=int, default=16, help="held-out pairs (default: %(default)s)")
     flags = parser.parse_args()
     flags.only, flags.seeds = flags.only.split(","), [int(seed) for seed in flags.seeds.split(",")]

@@ -131,7 +131,7 @@ def load_stored(directory: str | os.PathLike, like: Any = None) -> tuple[Config,
     except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:  # orbax has a different one for each missing file
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"checkpoint {directory} cannot be read: {first_line(error)}") from error
+        raise ConfigError(f"checkpoint {directory} cannot be read: {files.first_line(error)}") from error
     return config, params, frozen
 
 
@@ -180,11 +180,6 @@ def fingerprint(directory: str | os.PathLike) -> str:
     return digest.hexdigest()[:16]
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, without the pages behind it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 # ----------------------------------------------------------------------------------------------------------- command line
 
 
@@ -211,7 +206,7 @@ def inspect(directory: str | os.PathLike, *, arrays: bool = False) -> str:
     try:
         trees = {place.name: stored(place) for place in places}
     except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:
-        raise ConfigError(f"checkpoint {directory} cannot be read: {first_line(error)}") from error
+        raise ConfigError(f"checkpoint {directory} cannot be read: {files.first_line(error)}") from error
     for place, tree in trees.items():
         for name, part in tree.items():
             rows.append(_row(f"{place}/{name}", part))

@@ -47,6 +47,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """What such a message begins with, without the pages behind it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 @contextlib.contextmanager
 def writing(path: str | os.PathLike, *others: type[Exception], advice: str = FREE) -> Iterator[None]:
     """OSErrors (and the `others`, of a library that writes) become a MediaError that names `path` and says what to do."""

@@ -58,7 +58,7 @@ def manager(workdir: files.Place, *, keep: int, keep_every: int = 0) -> ocp.Chec
         handlers = {name: ocp.StandardCheckpointHandler(restore_concurrent_gb=checkpoint.READ_AT_ONCE) for name in (checkpoint.STATE, checkpoint.EMA)}
         return ocp.CheckpointManager(directory, options=options, item_handlers=handlers | {RUN: ocp.JsonCheckpointHandler()})
     except OSError as error:
-        raise ConfigError(f"{directory}: cannot be written ({checkpoint.first_line(error)}); use another workdir") from error
+        raise ConfigError(f"{directory}: cannot be written ({files.first_line(error)}); use another workdir") from error
 
 
 def save(checkpoints: ocp.CheckpointManager, state: TrainState, run: Run) -> None:
@@ -81,7 +81,7 @@ def _saving(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
     except (OSError, ValueError) as error:
         last = checkpoints.latest_step()
         left = f"the last step there is {last}" if last else "no step is there"
-        raise ConfigError(f"{checkpoints.directory}: a step cannot be saved ({checkpoint.first_line(error)}); is the disk full? {left}") from error
+        raise ConfigError(f"{checkpoints.directory}: a step cannot be saved ({files.first_line(error)}); is the disk full? {left}") from error
 
 
 def restore_run(checkpoints: ocp.CheckpointManager) -> Run:
@@ -120,5 +120,5 @@ def _reading(checkpoints: ocp.CheckpointManager) -> Iterator[int]:
             # The reads that were under way go on to complain, in many lines each, until the process ends.
             sys.unraisablehook = threading.excepthook = lambda _: None
             logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
-            directory, said = checkpoint.absolute(checkpoints.directory) / str(step), checkpoint.first_line(error)
+            directory, said = checkpoint.absolute(checkpoints.directory) / str(step), files.first_line(error)
             raise ConfigError(f"checkpoint {directory} cannot be read ({said}); move it out of the workdir to go on from the step before") from error

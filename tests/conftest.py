@@ -162,6 +162,33 @@ def python():
     return call
 
 
+HITS = """
+import json, runpy, sys
+import jax
+counts = {"hits": 0, "misses": 0}
+def note(event, **_):
+    for name in counts:
+        counts[name] += event == f"/jax/compilation_cache/cache_{name}"
+jax.monitoring.register_event_listener(note)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(json.dumps(counts))
+"""
+
+
+@pytest.fixture
+def compiled_by(python, tmp_path):
+    """compiled_by(SCRIPT, *flags): how many programs a run in a process of its own found (`hits`) in tmp_path/cache, and how many it had to compile (`misses`)."""
+
+    def call(*command) -> dict[str, int]:
+        own = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_COMPILATION_CACHE_DIR": ""}
+        done = python("-c", HITS, *command, **own, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")  # all are kept, however quick a machine
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def eight_devices(tmp_path_factory):
     """eight_devices(cases): what tests/eight_devices.py finds out about them."""

@@ -23,7 +23,7 @@ def flat(config):
 def test_a_variant_changes_what_its_question_is_about():
     changed = {}
     for name in ablations.VARIANTS:
-        config = cli.parse(BASE, [str(flag) for flag in ablations.trained(name, steps=4000, seed=0)], description="", prog="")
+        config = cli.parse(BASE, [str(flag) for flag in ablations.trained(name, 4000)], description="", prog="")
         changed[name] = {field: value for field, value in flat(config).items() if value != flat(BASE)[field]}
     assert changed == {
         "svdp": {}, "same-masked": {}, "factorized": {"model.temporal": "factorized"}, "no-history": {"data.history": 0},
@@ -32,6 +32,14 @@ def test_a_variant_changes_what_its_question_is_about():
     }  # fmt: skip
     asked = {variant for variants, _ in ablations.QUESTIONS.values() for variant in variants}
     assert asked == set(ablations.VARIANTS)
+
+
+def test_every_variant_gets_the_compute_of_the_first():
+    steps = {name: ablations.equal_steps(name, 4000) for name in ablations.VARIANTS}
+    assert steps["svdp"] == steps["same-masked"] == steps["same-whole"] == 4000
+    assert steps["history-from-start"] < 4000 < steps["no-history"]  # history costs
+    for name, count in steps.items():
+        assert ablations.compute(name, count) == pytest.approx(ablations.compute("svdp", 4000), rel=1e-3)
 
 
 def test_tables_have_means_and_what_seeds_lie_between(tmp_path):

@@ -323,28 +323,9 @@ def test_a_file_of_jobs_that_is_none_is_one_line(script, tmp_path, text, said):
     assert status == 2 and len(err.splitlines()) == 1 and said in err
 
 
-def test_programs_are_kept_for_the_next_start(python, media, workdir, tmp_path):
-    def start(name):
-        given = ["-s", media / "portrait.png", "-d", media / "motion.mp4", "--checkpoint", workdir, "-o", tmp_path / name, "--max-frames", 4]
-        own = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_COMPILATION_CACHE_DIR": ""}
-        done = python("-c", HITS, *given, **own, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")  # all are kept, however quick a machine
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-
-    first, second = start("first"), start("second")
+def test_programs_are_kept_for_the_next_start(compiled_by, media, workdir, tmp_path):
+    given = ["-s", media / "portrait.png", "-d", media / "motion.mp4", "--checkpoint", workdir, "--max-frames", 4]
+    first, second = (compiled_by("sample.py", *given, "-o", tmp_path / name) for name in ("first", "second"))
     assert first["misses"] and not first["hits"]
     assert second["hits"] == first["misses"] and not second["misses"]
     assert list((tmp_path / "cache" / "svdp_jax").iterdir())
-
-
-HITS = """
-import json, runpy, sys
-import jax
-counts = {"hits": 0, "misses": 0}
-def note(event, **_):
-    for name in counts:
-        counts[name] += event == f"/jax/compilation_cache/cache_{name}"
-jax.monitoring.register_event_listener(note)
-runpy.run_path("sample.py", run_name="__main__")
-print(json.dumps(counts))
-"""

@@ -208,6 +208,14 @@ def test_ten_steps_that_are_not_finite_end_the_run_and_keep_its_checkpoint(train
 
 
 @pytest.mark.slow
+def test_a_run_that_goes_on_need_not_compile_its_step_again(compiled_by, dataset, tmp_path):
+    given = ["--config", "configs/tiny.py", "--workdir", tmp_path / "run", "--data.path", dataset, "--train.steps", 4]
+    first, second = (compiled_by("train.py", *given, "--train.stop-at", stop) for stop in (1, 2))
+    assert first["misses"] and not first["hits"]
+    assert second["hits"] and second["misses"] < first["misses"] / 2  # what reads the checkpoint is new
+
+
+@pytest.mark.slow
 def test_a_data_set_may_be_smaller_than_a_batch(train, tmp_path):
     status, _, err = train(tmp_path / "run", "--train.batch", 8, "--train.steps", 1)  # of six clips
     assert status == 0, err
