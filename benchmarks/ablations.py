@@ -1,6 +1,6 @@
 """The paper's questions, answered on rendered portraits, where the truth is at hand.
 
-    python benchmarks/ablations.py --workdir runs/ablations [--only factorized,zero] [--seeds 0,1,2] [--steps 4000] [--clips 16]
+    python benchmarks/ablations.py --workdir runs/ablations [--only factorized,zero,guidance] [--seeds 0,1,2] [--steps 4000] [--clips 16]
 
 Every variant is configs/ablations.py with the few fields that its question is about, trained by train.py with as much compute as the first one takes for its steps
 (FLOP of `models/flops.py`: where a step costs more, there are fewer), and rolled out over ten windows of held-out pairs by `svdp_jax.evaluation.rendered`, of which the
@@ -62,14 +62,17 @@ QUESTIONS = {  # -> which variants answer it, and the figures that tell
     "the driver masked, or whole": (("svdp", "same-masked", "same-whole"), ("psnr", "rest", "leak", "mouth", "gaze")),
 }
 SIGNALS = "source", "driving", "history"
+GUIDANCE = "guidance"  # a question of its own, asked of the first variant's weights
 WEIGHTS = (0.5, 1.0, 1.5, 2.0, 3.0)  # of one signal, the others at 1
 
 
 def main() -> None:
     flags = parse()
-    datasets = {name: make_data(flags.workdir / name, name) for name in {VARIANTS[variant].pairs for variant in flags.only}}
-    found = {variant: [figures(variant, seed, datasets[VARIANTS[variant].pairs], flags) for seed in flags.seeds] for variant in flags.only}
-    swept = {signal: [[guided(signal, weight, seed, flags) for seed in flags.seeds] for weight in WEIGHTS] for signal in SIGNALS} if "svdp" in flags.only else {}
+    variants = [name for name in VARIANTS if name in flags.only]
+    datasets = {name: make_data(flags.workdir / name, name) for name in {VARIANTS[variant].pairs for variant in variants}}
+    found = {variant: [figures(variant, seed, datasets[VARIANTS[variant].pairs], flags) for seed in flags.seeds] for variant in variants}
+    sweeps = SIGNALS if GUIDANCE in flags.only else ()
+    swept = {signal: [[guided(signal, weight, seed, flags) for seed in flags.seeds] for weight in WEIGHTS] for signal in sweeps}
     (flags.workdir / "figures.json").write_text(json.dumps({"steps": flags.steps, "seeds": flags.seeds, "variants": found, "guidance": swept}, indent=1) + "\n")
     console = Console()
     for number, (question, (variants, names)) in enumerate(QUESTIONS.items(), start=1):
@@ -120,7 +123,8 @@ def guided(signal: str, weight: float, seed: int, flags: argparse.Namespace) -> 
     """Of the first variant, with another weight of one signal."""
     folder = flags.workdir / f"svdp-{seed}"
     weights = [weight if name == signal else 1.0 for name in SIGNALS]
-    return evaluate(folder, folder / f"figures-{signal}-{weight}.json", flags, "--guidance", *weights)
+    name = "figures.json" if weight == 1 else f"figures-{signal}-{weight}.json"
+    return evaluate(folder, folder / name, flags, "--guidance", *weights)
 
 
 def evaluate(folder: pathlib.Path, path: pathlib.Path, flags: argparse.Namespace, *more: Any) -> dict[str, Any]:
@@ -180,14 +184,16 @@ def draw_guidance(swept: dict[str, list[list[dict[str, Any]]]], path: pathlib.Pa
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
-    parser.add_argument("--only", default=",".join(VARIANTS), help="variants, with commas (default: all)")
+    parser.add_argument("--only", default=",".join([*VARIANTS, GUIDANCE]), help="variants, and guidance, with commas (default: all)")
     parser.add_argument("--seeds", default="0,1,2", help="of training, with commas (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4000, help="of training the first variant (default: %(default)s)")
     parser.add_argument("--clips", type=int, default=16, help="held-out pairs (default: %(default)s)")
     flags = parser.parse_args()
     flags.only, flags.seeds = flags.only.split(","), [int(seed) for seed in flags.seeds.split(",")]
-    if unknown := set(flags.only) - set(VARIANTS):
-        parser.error(f"--only {', '.join(sorted(unknown))}: there is {', '.join(VARIANTS)}")
+    if unknown := set(flags.only) - {*VARIANTS, GUIDANCE}:
+        parser.error(f"--only {', '.join(sorted(unknown))}: there is {', '.join([*VARIANTS, GUIDANCE])}")
+    if GUIDANCE in flags.only and "svdp" not in flags.only:
+        parser.error("--only guidance: asks svdp's weights; add svdp")
     flags.workdir = flags.workdir.resolve()
     flags.workdir.mkdir(parents=True, exist_ok=True)
     return flags

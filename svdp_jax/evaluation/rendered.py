@@ -275,6 +275,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def evaluate(flags: argparse.Namespace) -> None:
     check(flags)
+    cli.keep_programs()
     config, params, frozen = checkpoint.load_weights(flags.checkpoint)
     chosen = {"steps": flags.steps, "guidance": flags.guidance and tuple(flags.guidance)}
     given = {name: value for name, value in chosen.items() if value is not None}
