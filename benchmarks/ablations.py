@@ -20,8 +20,6 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import matplotlib.pyplot as plt
-from rich.console import Console
-from rich.table import Table
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -33,7 +31,7 @@ from svdp_jax.models import flops  # noqa: E402
 matplotlib.use("agg")
 CONFIG = ROOT / "configs" / "ablations.py"
 WINDOWS, WINDOW = 10, 8
-FIGURES = ("psnr", "regions", "rest", "change", "drift", "head", "mouth", "opening", "gaze", "leak")
+FIGURES = ("psnr", "regions", "rest", "change", "seams", "drift", "head", "mouth", "opening", "gaze", "leak")
 
 
 class Variant(NamedTuple):
@@ -54,15 +52,16 @@ VARIANTS = {
     "same-whole": Variant(("--data.no-driver-mask",), pairs="themselves"),
 }
 QUESTIONS = {  # -> which variants answer it, and the figures that tell
-    "full-video attention, or factorized": (("svdp", "factorized"), ("psnr", "regions", "change", "drift", "mouth", "gaze")),
-    "history, or none": (("svdp", "no-history"), ("psnr", "regions", "change", "drift", "head")),
+    "full-video attention, or factorized": (("svdp", "factorized"), ("psnr", "regions", "change", "seams", "mouth", "gaze")),
+    "history, or none": (("svdp", "no-history"), ("psnr", "regions", "change", "seams", "drift", "mouth")),
     "history last, or from the start": (("svdp", "history-from-start"), ("psnr", "regions", "mouth", "gaze", "drift")),
     "dropped signals left out, or zero": (("svdp", "zero"), ("psnr", "regions", "mouth", "gaze")),
-    "history joint, or cached": (("svdp", "cached"), ("psnr", "regions", "change", "drift")),
+    "history joint, or cached": (("svdp", "cached"), ("psnr", "regions", "change", "seams", "drift")),
     "the driver masked, or whole": (("svdp", "same-masked", "same-whole"), ("psnr", "rest", "leak", "mouth", "gaze")),
 }
 SIGNALS = "source", "driving", "history"
 GUIDANCE = "guidance"  # a question of its own, asked of the first variant's weights
+SWEPT = ("psnr", "rest", "regions", "mouth", "gaze", "change")
 WEIGHTS = (0.5, 1.0, 1.5, 2.0, 3.0)  # of one signal, the others at 1
 
 
@@ -73,16 +72,10 @@ def main() -> None:
     found = {variant: [figures(variant, seed, datasets[VARIANTS[variant].pairs], flags) for seed in flags.seeds] for variant in variants}
     sweeps = SIGNALS if GUIDANCE in flags.only else ()
     swept = {signal: [[guided(signal, weight, seed, flags) for seed in flags.seeds] for weight in WEIGHTS] for signal in sweeps}
-    (flags.workdir / "figures.json").write_text(json.dumps({"steps": flags.steps, "seeds": flags.seeds, "variants": found, "guidance": swept}, indent=1) + "\n")
-    console = Console()
-    for number, (question, (variants, names)) in enumerate(QUESTIONS.items(), start=1):
-        if set(variants) <= set(found):
-            console.print(table(f"{number}. {question}", {variant: found[variant] for variant in variants}, names))
-            draw_windows({variant: found[variant] for variant in variants}, question, flags.workdir / f"question{number}.png")
-    for signal, by_weight in swept.items():
-        console.print(table(f"guidance: {signal}", dict(zip(map(str, WEIGHTS), by_weight, strict=True)), ("psnr", "rest", "regions", "mouth", "gaze", "change")))
-    if swept:
-        draw_guidance(swept, flags.workdir / "guidance.png")
+    results = {"steps": flags.steps, "seeds": flags.seeds, "clips": flags.clips, "variants": found, "guidance": swept}
+    (flags.workdir / "figures.json").write_text(json.dumps(results, indent=1) + "\n")
+    print("\n\n".join(tables(results)))
+    draw(results, flags.workdir)
 
 
 def make_data(directory: pathlib.Path, pairs: str) -> pathlib.Path:
@@ -139,19 +132,39 @@ def run(*command: Any) -> None:
     subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, stdout=sys.stderr)
 
 
-def table(title: str, found: dict[str, list[dict[str, Any]]], names: tuple[str, ...]) -> Table:
-    """A row for each variant: means over the seeds, and from the least to the most."""
-    made = Table(title=title, title_justify="left")
-    for name in ("", *names):
-        made.add_column(name, justify="right" if name else "left")
+def tables(results: dict[str, Any]) -> list[str]:
+    """A title and a Markdown table for each question whose variants are all there, and for each signal of the guidance."""
+    found = results["variants"]
+    answered = [
+        f"{number}. {question}\n\n{table({variant: found[variant] for variant in variants}, names)}"
+        for number, (question, (variants, names)) in enumerate(QUESTIONS.items(), start=1)
+        if set(variants) <= set(found)
+    ]
+    swept = [f"guidance: {signal}\n\n{table(dict(zip(map(str, WEIGHTS), runs, strict=True)), SWEPT)}" for signal, runs in results["guidance"].items()]
+    return answered + swept
+
+
+def table(found: dict[str, list[dict[str, Any]]], names: tuple[str, ...]) -> str:
+    """Markdown, a row for each variant: means over the seeds, and from the least to the most."""
+    lines = [f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     for variant, runs in found.items():
         cells = []
         for name in names:
             values = [figures[name] for figures in runs]
             spread = f" ({min(values):.2f} .. {max(values):.2f})" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}")
-        made.add_row(variant, *cells)
-    return made
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, Any], folder: pathlib.Path) -> None:
+    """A picture for each of the tables."""
+    found = results["variants"]
+    for number, (question, (variants, _)) in enumerate(QUESTIONS.items(), start=1):
+        if set(variants) <= set(found):
+            draw_windows({variant: found[variant] for variant in variants}, question, folder / f"question{number}.png")
+    if results["guidance"]:
+        draw_guidance(results["guidance"], folder / "guidance.png")
 
 
 def draw_windows(found: dict[str, list[dict[str, Any]]], title: str, path: pathlib.Path) -> None:

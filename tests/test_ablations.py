@@ -5,7 +5,6 @@ import sys
 
 import pytest
 from conftest import ROOT
-from rich.console import Console
 
 from svdp_jax import cli
 from svdp_jax.config import load_config
@@ -43,11 +42,13 @@ def test_every_variant_gets_the_compute_of_the_first():
 
 
 def test_tables_have_means_and_what_seeds_lie_between(tmp_path):
-    runs = [{"psnr": value, "rest": value, "gaze": value, "error_by_window": [value, 2 * value]} for value in (1.0, 2.0)]
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))
-    console.print(ablations.table("a question", {"one": runs, "other": runs[:1]}, ("psnr",)))
-    said = console.export_text()
-    assert "1.50 (1.00 .. 2.00)" in said and "a question" in said
-    ablations.draw_windows({"one": runs}, "a question", tmp_path / "windows.png")
-    ablations.draw_guidance({"source": [runs] * len(ablations.WEIGHTS)}, tmp_path / "guidance.png")
-    assert (tmp_path / "windows.png").stat().st_size > 5000 and (tmp_path / "guidance.png").stat().st_size > 5000
+    runs = [{name: value for name in ablations.FIGURES} | {"error_by_window": [value, 2 * value]} for value in (1.0, 2.0)]
+    results = {"variants": {"svdp": runs, "factorized": runs[:1]}, "guidance": {"source": [runs] * len(ablations.WEIGHTS)}}
+    question, guidance = ablations.tables(results)  # the others lack a variant
+    lines = question.splitlines()
+    assert lines[0].startswith("1. full-video") and lines[2].startswith("| | psnr | regions |") and lines[4].startswith("| svdp | 1.50 (1.00 .. 2.00) | 1.50")
+    assert lines[5].startswith("| factorized | 1.00 | 1.00 |")
+    assert [line.split(" | ")[0] for line in guidance.splitlines()[4:]] == [f"| {weight}" for weight in ablations.WEIGHTS]
+    ablations.draw(results, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["guidance.png", "question1.png"]
+    assert all(path.stat().st_size > 5000 for path in tmp_path.iterdir())

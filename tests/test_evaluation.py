@@ -47,6 +47,8 @@ def test_frame_change_is_relative_to_the_truth():
     truth = grey([100, 110, 100])
     assert metrics.frame_change_ratio(grey([10, 35, 60]), truth) == pytest.approx(2.5)  # 25 and 25 against 10 and 10
     assert metrics.frame_change_ratio(grey([9, 9, 9]), truth) == 0
+    seams = grey([10, 20, 60, 70, 80]), grey([10, 20, 30, 40, 50])  # windows of 2 frames meet between 20 and 60, 70 and 80
+    assert metrics.frame_change_ratio(*seams, every=2) == pytest.approx((40 + 10) / (10 + 10))
     with pytest.raises(ValueError, match="moves"):
         metrics.frame_change_ratio(truth, grey([9, 9, 9]))
 
@@ -156,12 +158,12 @@ def case():
 
 def test_the_truth_has_perfect_figures_and_a_copy_of_the_source_none(case):
     perfect = rendered.measure(case, case.target, case.target, window=4)
-    assert [perfect[name] for name in ("change", "head_x", "head_y", "head", "mouth", "drift")] == pytest.approx([1] * 6)
+    assert [perfect[name] for name in ("change", "seams", "head_x", "head_y", "head", "mouth", "drift")] == pytest.approx([1] * 7)
     assert perfect["psnr"] == perfect["regions"] == np.inf
     assert perfect["opening"] == 0 and perfect["gaze"] == perfect["gaze_truth"] < 2.5 and perfect["opening_truth"] < 0.1
     copied = rendered.measure(case, np.broadcast_to(case.source, case.target.shape), case.target, window=4)
     assert copied["gaze"] == copied["gaze_copy"] > 10 and copied["opening"] == copied["opening_copy"] > 0.2
-    assert [copied[name] for name in ("psnr_gain", "regions_gain", "change", "head_x", "head_y", "head", "mouth")] == [0] * 7
+    assert [copied[name] for name in ("psnr_gain", "regions_gain", "change", "seams", "head_x", "head_y", "head", "mouth")] == [0] * 8
     assert copied["regions_copy"] < copied["psnr_copy"] < 25  # the regions are what moves
 
 

@@ -9,6 +9,7 @@ Out: a table with targets, and as last line its figures as JSON.
     psnr              dB of whole frames, mean over the frames of a clip          copy: of showing the source throughout
     regions           dB of eyes, nose and mouth, from a clip's mean square error there
     change            frame-to-frame change, output over truth
+    seams             the same between the last frame of a window and the first of the next: as `change`, where they do not show
     head              where the head is, measured in output and truth alike and correlated over a clip, as a vector
     head_x, head_y    each axis by itself: up and down the head moves a third as much as sideways
     mouth             how much of the inside of the mouth is seen, likewise
@@ -69,6 +70,7 @@ ROWS = {
     "rest": ("PSNR, the rest (dB)", None, 0),
     "leak": ("driver's colours in the rest", None, 0),
     "change": ("frame-to-frame change, x truth's", 1.2, -1),
+    "seams": ("  where windows meet", None, 0),
     "drift": ("error, last window x first", 1.1, -1),
     "head_x": ("head across, correlation", None, 0),
     "head_y": ("head down, correlation", None, 0),
@@ -149,7 +151,8 @@ def measure(case: Case, output: UInt8[np.ndarray, "N H W 3"], reconstructed: UIn
     figures |= {f"{name}_gain": figures[name] - figures[f"{name}_copy"] for name in ("psnr", "regions")}
     errors = window_errors(output, truth, window)
     figures |= {"rest": metrics.region_psnr(output, truth, ~inside), "leak": leak(output, truth, case.driver, ~inside)}
-    figures |= {"change": metrics.frame_change_ratio(output, truth), "drift": float(errors[-1] / errors[0]) if errors[0] else 1.0}
+    figures |= {"change": metrics.frame_change_ratio(output, truth), "seams": metrics.frame_change_ratio(output, truth, every=window)}
+    figures |= {"drift": float(errors[-1] / errors[0]) if errors[0] else 1.0}
     return figures | followed(output, case) | expression(output, copy, case)
 
 
