@@ -152,6 +152,7 @@ def new_frozen(config: Config) -> Frozen:
         chosen = np.random.default_rng(config.train.seed).choice(len(records), min(len(records), 64), replace=False)
         autoencoder = fit_linear(config.autoencoder, np.concatenate([loader.whole_clip(records[int(i)], config.data)[2][::4] for i in chosen]))
     else:
+        warnings.warn("autoencoder and prompt are random, too: --train.init-from DIR starts from converted or trained weights", stacklevel=1)
         empty = np.zeros((1, config.data.size, config.data.size, 3), np.float32)
         autoencoder = nn.meta.unbox(jax.jit(make_autoencoder(config.autoencoder).init)(jax.random.key(config.train.seed), empty)["params"])
     return Frozen(autoencoder, position_table(model), np.zeros((model.text_tokens, model.text_width), np.float32), np.zeros(model.pooled_width, np.float32))

@@ -7,6 +7,8 @@ terminals) each is told: `--coordinator HOST:PORT --processes N --process I`.
 from __future__ import annotations
 
 import contextlib
+import glob
+import importlib.util
 import os
 import re
 import signal
@@ -14,6 +16,7 @@ import socket
 import sys
 import threading
 import traceback
+import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -94,10 +97,36 @@ def absence(cluster: Cluster) -> str:
 
 
 def expected(environment: Mapping[str, str]) -> bool:
-    """Whether the environment speaks of other processes: Slurm, MPI, a TPU pod or several TPU slices."""
+    """Whether there are other processes: by what the environment says of Slurm, MPI, a TPU pod or several TPU slices, and by what a Cloud TPU VM's metadata say."""
     several = lambda name: int(environment.get(name) or 1) > 1
-    workers = [name for name in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
-    return several("SLURM_NTASKS") or several("OMPI_COMM_WORLD_SIZE") or several("MEGASCALE_NUM_SLICES") or len(workers) > 1
+    listed = lambda name: len(_names(environment.get(name, ""))) > 1
+    if any(map(several, ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES"))) or any(map(listed, ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"))):
+        return True
+    if environment.get("TPU_SKIP_MDS_QUERY") or not _has_tpu():
+        return False
+    slices = re.search(r"MEGASCALE_NUM_SLICES: *'?(\d+)", _metadata("tpu-env", environment))
+    return len(_names(_metadata("worker-network-endpoints", environment))) > 1 or bool(slices and int(slices[1]) > 1)
+
+
+def _names(listed: str) -> list[str]:
+    return [name for name in listed.split(",") if name.strip()]
+
+
+def _has_tpu() -> bool:
+    """Whether JAX will use TPU chips of this machine."""
+    return bool(importlib.util.find_spec("libtpu") and (glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")))
+
+
+def _metadata(name: str, environment: Mapping[str, str]) -> str:
+    """An attribute of this virtual machine, empty where it has none or is none of Google's."""
+    host = environment.get("GCE_METADATA_IP", "metadata.google.internal")
+    request = urllib.request.Request(f"http://{host}/computeMetadata/v1/instance/attributes/{name}", headers={"Metadata-Flavor": "Google"})
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(request, timeout=10) as answer:
+            return answer.read().decode()
+    except OSError:
+        return ""
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ COMMANDS = {
     "gke_jobset.yaml": None,
     "README.md": r"(?:&& |\")python train\.py (.*?)\"",
 }
+DEVICES = {"slurm.sbatch": [4 * 8], "gke_jobset.yaml": [4 * 8], "README.md": [32, 2 * 32]}  # of each command
 
 
 def commands(name):
@@ -31,11 +32,11 @@ def test_command_lines_are_those_of_train(name, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     found = commands(name)
-    assert found
-    for command in found:
+    for command, devices in zip(found, DEVICES[name], strict=True):
         given = command.replace("$JOB_COMPLETION_INDEX", "3").replace('"$config"', "configs/svdp_sd35m.py").replace('"$workdir"', "run")
         monkeypatch.setattr(sys, "argv", ["train.py", *shlex.split(given)])
         config, workdir, cluster = train.parse()
+        assert (config.mesh.context, config.mesh.tensor) == (1, 1) and config.train.batch % (devices * config.train.accumulation) == 0
         assert config.mesh.strategy == "fsdp" and config.mesh.data == -1 and workdir
         assert cluster.process == (3 if "jobset" in name else None)
 

@@ -1,8 +1,10 @@
 """How processes find each other is told apart from being alone, and a signal to stop is only noted."""
 
+import http.server
 import os
 import signal
 import socket
+import threading
 
 import jax
 import pytest
@@ -20,11 +22,62 @@ from svdp_jax.config import ConfigError
         ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
         ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, True),
+        ({"TPU_PROCESS_ADDRESSES": "10.0.0.1:8476,10.0.0.2:8476"}, True),
         ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, True),
     ],
 )
 def test_the_environment_speaks_of_others_or_not(environment, several):
     assert processes.expected(environment) == several
+
+
+@pytest.fixture
+def metadata():
+    """Serves a virtual machine's attributes as Google's do: metadata(attributes) -> the environment that points there."""
+    servers = []
+
+    def serve(attributes):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                value = attributes.get(self.path.removeprefix("/computeMetadata/v1/instance/attributes/"))
+                self.send_response(404 if value is None or self.headers["Metadata-Flavor"] != "Google" else 200)
+                self.end_headers()
+                self.wfile.write((value or "").encode())
+
+            def log_message(self, *_):
+                pass
+
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return {"GCE_METADATA_IP": f"127.0.0.1:{servers[-1].server_port}"}
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("attributes", "several"),
+    [
+        ({}, False),
+        ({"worker-network-endpoints": "10.0.0.1", "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-8'\n"}, False),
+        ({"worker-network-endpoints": "unknown:unknown:10.0.0.1,unknown:unknown:10.0.0.2"}, True),
+        ({"worker-network-endpoints": "10.0.0.1", "tpu-env": "ZONE: 'us-east5-a'\nMEGASCALE_NUM_SLICES: '2'\n"}, True),
+    ],
+)
+def test_a_tpu_vm_is_asked_for_the_other_workers(attributes, several, metadata, monkeypatch):
+    environment = metadata(attributes)
+    assert not processes.expected(environment)  # here is no TPU
+    monkeypatch.setattr(processes, "_has_tpu", lambda: True)
+    assert processes.expected(environment) == several
+    assert not processes.expected(environment | {"TPU_SKIP_MDS_QUERY": "1"})
+
+
+def test_a_tpu_elsewhere_has_no_others(monkeypatch):
+    monkeypatch.setattr(processes, "_has_tpu", lambda: True)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        nobody = f"127.0.0.1:{server.getsockname()[1]}"
+    assert not processes.expected({"GCE_METADATA_IP": nobody})
 
 
 def test_alone_nothing_is_joined(monkeypatch):
