@@ -1,6 +1,6 @@
 """The paper's questions, answered on rendered portraits, where the truth is at hand.
 
-    python benchmarks/ablations.py --workdir runs/ablations [--only factorized,zero,guidance] [--seeds 0,1,2] [--steps 4000] [--clips 16]
+    python benchmarks/ablations.py --workdir runs/ablations [--only svdp,zero,guidance] [--seeds 0,1,2] [--steps 4000] [--clips 16]
 
 Every variant is configs/ablations.py with the few fields that its question is about, trained by train.py with as much compute as the first one takes for its steps
 (FLOP of `models/flops.py`: where a step costs more, there are fewer), and rolled out over ten windows of held-out pairs by `svdp_jax.evaluation.rendered`, of which the
@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from svdp_jax import cli  # noqa: E402
+from svdp_jax import cli, files  # noqa: E402
 from svdp_jax.config import load_config  # noqa: E402
 from svdp_jax.models import flops  # noqa: E402
 
@@ -32,15 +32,19 @@ matplotlib.use("agg")
 CONFIG = ROOT / "configs" / "ablations.py"
 WINDOWS, WINDOW = 10, 8
 FIGURES = ("psnr", "regions", "rest", "change", "seams", "drift", "head", "mouth", "opening", "gaze", "leak")
+BOUNDED = ("psnr", "regions", "opening", "gaze")
 
 
 class Variant(NamedTuple):
-    """What is trained otherwise than the first variant is."""
+    """What is trained, or sampled, otherwise than the first variant is."""
 
     flags: tuple[str, ...] = ()
     pairs: str = "others"  # the data set: driven by other people, or by "themselves"
+    weights: str = ""  # those of this variant: nothing is trained
+    guidance: tuple[float, ...] = (1.0, 1.0, 1.0)
 
 
+GUIDED = (1.5, 1.5, 1.5)  # at which passes with dropped signals take part
 VARIANTS = {
     "svdp": Variant(),
     "factorized": Variant(("--model.temporal", "factorized")),
@@ -50,15 +54,18 @@ VARIANTS = {
     "cached": Variant(("--model.history", "cached")),
     "same-masked": Variant(pairs="themselves"),
     "same-whole": Variant(("--data.no-driver-mask",), pairs="themselves"),
+    "svdp-guided": Variant(weights="svdp", guidance=GUIDED),
+    "zero-guided": Variant(weights="zero", guidance=GUIDED),
 }
 QUESTIONS = {  # -> which variants answer it, and the figures that tell
     "full-video attention, or factorized": (("svdp", "factorized"), ("psnr", "regions", "change", "seams", "mouth", "gaze")),
     "history, or none": (("svdp", "no-history"), ("psnr", "regions", "change", "seams", "drift", "mouth")),
-    "history last, or from the start": (("svdp", "history-from-start"), ("psnr", "regions", "mouth", "gaze", "drift")),
-    "dropped signals left out, or zero": (("svdp", "zero"), ("psnr", "regions", "mouth", "gaze")),
+    "history last, or from the start": (("svdp", "history-from-start"), ("psnr", "regions", "mouth", "opening", "gaze", "drift")),
+    "dropped signals left out, or zero": (("svdp", "zero", "svdp-guided", "zero-guided"), ("psnr", "regions", "mouth", "opening", "gaze")),
     "history joint, or cached": (("svdp", "cached"), ("psnr", "regions", "change", "seams", "drift")),
     "the driver masked, or whole": (("svdp", "same-masked", "same-whole"), ("psnr", "rest", "leak", "mouth", "gaze")),
 }
+BOUNDS = {"a copy of the source": "copy", "the latents, decoded": "autoencoder", "the truth, as it is read": "truth"}  # what figures lie between
 SIGNALS = "source", "driving", "history"
 GUIDANCE = "guidance"  # a question of its own, asked of the first variant's weights
 SWEPT = ("psnr", "rest", "regions", "mouth", "gaze", "change")
@@ -72,8 +79,10 @@ def main() -> None:
     found = {variant: [figures(variant, seed, datasets[VARIANTS[variant].pairs], flags) for seed in flags.seeds] for variant in variants}
     sweeps = SIGNALS if GUIDANCE in flags.only else ()
     swept = {signal: [[guided(signal, weight, seed, flags) for seed in flags.seeds] for weight in WEIGHTS] for signal in sweeps}
-    results = {"steps": flags.steps, "seeds": flags.seeds, "clips": flags.clips, "variants": found, "guidance": swept}
-    (flags.workdir / "figures.json").write_text(json.dumps(results, indent=1) + "\n")
+    steps = {variant: equal_steps(variant, flags.steps) for variant in variants}
+    results = {"steps": steps, "seeds": flags.seeds, "clips": flags.clips, "variants": found, "guidance": swept}
+    with files.whole(flags.workdir / "figures.json") as partial:
+        partial.write_text(json.dumps(results, indent=1) + "\n")
     print("\n\n".join(tables(results)))
     draw(results, flags.workdir)
 
@@ -86,11 +95,13 @@ def make_data(directory: pathlib.Path, pairs: str) -> pathlib.Path:
 
 def figures(variant: str, seed: int, data: pathlib.Path, flags: argparse.Namespace) -> dict[str, Any]:
     """Of a variant, trained with this seed."""
-    folder = flags.workdir / f"{variant}-{seed}"
-    if not (folder / "figures.json").exists():
-        steps = equal_steps(variant, flags.steps)
-        run("train.py", "--config", CONFIG, "--workdir", folder, "--data.path", data, "--train.seed", seed, *trained(variant, steps))
-    return evaluate(folder, folder / "figures.json", flags)
+    of, guidance = VARIANTS[variant].weights or variant, VARIANTS[variant].guidance
+    folder, steps = flags.workdir / f"{of}-{seed}", equal_steps(of, flags.steps)
+    if (config := folder / "config.json").exists() and (there := json.loads(config.read_text())["train"]["steps"]) != steps:
+        sys.exit(f"error: {folder} holds a run of {there} steps, not of {steps}: another --workdir")
+    if not (folder / "checkpoints" / str(steps)).exists():
+        run("train.py", "--config", CONFIG, "--workdir", folder, "--data.path", data, "--train.seed", seed, *trained(of, steps))
+    return evaluate(folder, guidance, flags)
 
 
 def trained(variant: str, steps: int) -> list[Any]:
@@ -114,18 +125,19 @@ def compute(variant: str, steps: int) -> float:
 
 def guided(signal: str, weight: float, seed: int, flags: argparse.Namespace) -> dict[str, Any]:
     """Of the first variant, with another weight of one signal."""
-    folder = flags.workdir / f"svdp-{seed}"
-    weights = [weight if name == signal else 1.0 for name in SIGNALS]
-    name = "figures.json" if weight == 1 else f"figures-{signal}-{weight}.json"
-    return evaluate(folder, folder / name, flags, "--guidance", *weights)
+    return evaluate(flags.workdir / f"svdp-{seed}", tuple(weight if name == signal else 1.0 for name in SIGNALS), flags)
 
 
-def evaluate(folder: pathlib.Path, path: pathlib.Path, flags: argparse.Namespace, *more: Any) -> dict[str, Any]:
+def evaluate(folder: pathlib.Path, guidance: tuple[float, ...], flags: argparse.Namespace) -> dict[str, Any]:
+    """The figures of a trained variant over so many clips, which are measured once."""
+    path = folder / f"figures-{flags.clips}-{'-'.join(map(str, guidance))}.json"
     if not path.exists():
-        asked = ("--clips", flags.clips, "--frames", WINDOWS * WINDOW + 1, "--json", path)
-        run("-m", "svdp_jax.evaluation.rendered", "--checkpoint", folder, *asked, *more)
+        asked = ("--clips", flags.clips, "--frames", WINDOWS * WINDOW + 1, "--json", path, "--guidance", *guidance)
+        run("-m", "svdp_jax.evaluation.rendered", "--checkpoint", folder, *asked)
     found = json.loads(path.read_text())
-    return {name: found["figures"][name]["mean"] for name in FIGURES} | {"error_by_window": found["error_by_window"]}
+    bounds = [f"{name}_{bound}" for name in BOUNDED for bound in BOUNDS.values()]
+    means = {name: found["figures"][name]["mean"] for name in (*FIGURES, *bounds) if name in found["figures"]}
+    return means | {"error_by_window": found["error_by_window"]}
 
 
 def run(*command: Any) -> None:
@@ -135,13 +147,16 @@ def run(*command: Any) -> None:
 def tables(results: dict[str, Any]) -> list[str]:
     """A title and a Markdown table for each question whose variants are all there, and for each signal of the guidance."""
     found = results["variants"]
+    first = next(iter(found.values()))[0]
+    limits = {title: {name: first[f"{name}_{bound}"] for name in BOUNDED if f"{name}_{bound}" in first} for title, bound in BOUNDS.items()}
+    bounds = [f"0. between what figures lie\n\n{table({title: [values] for title, values in limits.items()}, BOUNDED)}"]
     answered = [
         f"{number}. {question}\n\n{table({variant: found[variant] for variant in variants}, names)}"
         for number, (question, (variants, names)) in enumerate(QUESTIONS.items(), start=1)
         if set(variants) <= set(found)
     ]
     swept = [f"guidance: {signal}\n\n{table(dict(zip(map(str, WEIGHTS), runs, strict=True)), SWEPT)}" for signal, runs in results["guidance"].items()]
-    return answered + swept
+    return bounds + answered + swept
 
 
 def table(found: dict[str, list[dict[str, Any]]], names: tuple[str, ...]) -> str:
@@ -150,7 +165,10 @@ def table(found: dict[str, list[dict[str, Any]]], names: tuple[str, ...]) -> str
     for variant, runs in found.items():
         cells = []
         for name in names:
-            values = [figures[name] for figures in runs]
+            values = [figures[name] for figures in runs if name in figures]
+            if not values:
+                cells.append("")
+                continue
             spread = f" ({min(values):.2f} .. {max(values):.2f})" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}")
         lines.append(f"| {variant} | {' | '.join(cells)} |")

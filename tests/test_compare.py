@@ -1,9 +1,11 @@
 """The evaluation of folders: what belongs together, figures by hand, what is said of what does not fit, and the page."""
 
+import argparse
 import json
 from fractions import Fraction
 
 import av
+import cv2
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -63,7 +65,7 @@ def test_frechet_distance_of_normal_distributions_is_the_formulas():
     rng = np.random.default_rng(0)
     whitened = rng.normal(size=(64, 5))
     whitened -= whitened.mean(0)
-    whitened = np.linalg.qr(whitened)[0] * np.sqrt(63)  # mean 0, covariance 1
+    whitened = np.linalg.qr(whitened)[0] * np.sqrt(64)  # mean 0, covariance 1
     one, other = np.array([1.0, 2, 3, 4, 5]), np.array([2.0, 2, 1, 4, 9])
     found = frechet.distance(whitened * np.sqrt(one) + 1, whitened * np.sqrt(other) - 1)
     assert found == pytest.approx(5 * 4 + np.square(np.sqrt(one) - np.sqrt(other)).sum(), rel=1e-9)
@@ -72,7 +74,7 @@ def test_frechet_distance_of_normal_distributions_is_the_formulas():
 def test_frechet_distance_where_features_are_more_than_samples():
     rng = np.random.default_rng(1)
     few, others = rng.normal(size=(6, 20)), rng.normal(size=(9, 20)) + 0.5
-    covariances = [np.cov(x.T) for x in (few, others)]
+    covariances = [np.cov(x.T, ddof=0) for x in (few, others)]
     roots = np.sqrt(np.abs(np.linalg.eigvals(covariances[0] @ covariances[1]))).sum()  # of a product whose eigenvalues are real
     expected = np.square(few.mean(0) - others.mean(0)).sum() + sum(map(np.trace, covariances)) - 2 * roots
     assert frechet.distance(few, others) == pytest.approx(expected, rel=1e-5)
@@ -91,6 +93,7 @@ def test_a_video_belongs_to_the_one_of_its_name_or_of_its_drivers(folders, tmp_p
     assert [(pair.name, pair.reference.name, pair.source) for pair in pairs] == [("face--clip0", "clip0.mp4", "face"), ("face--clip1", "clip1.mp4", "face")]
     assert [pair.reference for pair in compare.pairs(folders[1], folders[1])] == [pair.reference for pair in pairs]
     (tmp_path / "other.mp4").write_bytes(pairs[0].reference.read_bytes())
+    assert compare.unused(pairs[:1], folders[1]) == [pairs[1].reference] and compare.unused(pairs, folders[1]) == []
     with pytest.raises(ConfigError, match="has nothing for face--clip0.mp4, face--clip1.mp4"):
         compare.pairs(folders[0], tmp_path)
 
@@ -165,6 +168,10 @@ def test_the_command_prints_a_table_and_writes_figures_and_a_page(folders, tmp_p
     assert text.count("<svg") == 2 and "22.97" in text and "the paper, on other data" in text
     first = next(video.read_frames(tmp_path / "page_clips" / "000.mp4"))
     assert first.shape == (page.HEIGHT, 2 * page.HEIGHT, 3)
+    page.clips_folder(tmp_path / "page.html")  # of an earlier page, which goes
+    (tmp_path / "page_clips" / "mine.mp4").touch()
+    with pytest.raises(ConfigError, match="page_clips, which is there and holds other things"):
+        page.clips_folder(tmp_path / "page.html")
 
 
 @pytest.mark.parametrize(
@@ -225,6 +232,17 @@ def test_learned_metrics_see_all_frames_and_what_they_count_is_told(folders, tmp
     assert "csim: generated without face" in said and "all together: 2 windows" in said
     text = (tmp_path / "page.html").read_text()
     assert text.index("face--clip0") < text.index("face--clip1") and "the worst first, by csim" in text and "Frames are counted." in text
+    shown = next(video.read_frames(tmp_path / "page_clips" / "000.mp4"))
+    assert "Portrait, reference and generated" in text and shown.shape == (page.HEIGHT, 3 * page.HEIGHT, 3)
+    portrait = cv2.resize(picture.target[0], (page.HEIGHT, page.HEIGHT), interpolation=cv2.INTER_CUBIC)
+    assert np.abs(shown[:, : page.HEIGHT].astype(int) - portrait).mean() < 6
+
+
+def test_a_video_in_which_no_face_was_found_is_the_worst(folders, tmp_path):
+    flags = argparse.Namespace(report=tmp_path / "page.html", generated=folders[0], protocol="cross", sources=None, shown=1, window=16)
+    rows = [{"name": "face--clip0", "csim": 0.2, "frames": 20}, {"name": "face--clip1", "frames": 20}]
+    command.write_page(flags, compare.pairs(*folders), rows, [], {})
+    assert "face--clip1" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize(("channels", "rate"), [(1, 44100), (2, 48000)])
@@ -252,6 +270,8 @@ def test_a_video_that_cannot_be_measured_does_not_stop_the_others(folders, tmp_p
     for pair in compare.pairs(*folders):
         (tmp_path / pair.generated.name).write_bytes(pair.generated.read_bytes())
     write(tmp_path / "face--clip0.mp4", list(video.read_frames(folders[1] / "clip0.mp4"))[:5])
-    done = python("-m", "svdp_jax.evaluation", "--generated", tmp_path, "--reference", folders[1])
-    assert done.returncode == 2 and json.loads(done.stdout.splitlines()[-1])["videos"] == 1
+    done = python("-m", "svdp_jax.evaluation", "--generated", tmp_path, "--reference", folders[1], "--report", tmp_path / "page.html")
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 2 and (record["videos"], record["not_measured"]) == (1, 1)
+    assert "<tr><td>videos that could not be measured<td>1<td>" in (tmp_path / "page.html").read_text()
     assert "failed: face--clip0: " in done.stderr and "1 of 2 videos could not be measured" in done.stderr.splitlines()[-1]

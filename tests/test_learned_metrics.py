@@ -200,7 +200,7 @@ def test_every_window_of_all_videos_counts_however_frames_arrive(vit, rng):
             metric.begin(CLIP)
             for start in range(0, 40, part):
                 metric.add(Chunk(generated[start : start + part], reference[start : start + part]))
-            assert metric.finish() == ({}, {"frames": 40, "windows": windows})
+            assert metric.finish() == ({}, {"frames": 40, "windows": windows, "without_a_window": 0})
         torch = pytest.importorskip("torch")
         parts = [[video[start : start + 16] for video in who for start in range(0, 40 - 15, stride)] for who in videos]
         features = [
@@ -218,7 +218,7 @@ def test_a_clip_that_is_not_finished_does_not_count(vit):
     metric.begin(CLIP)
     metric.add(Chunk(*np.zeros((2, 40, 8, 8, 3), np.uint8)))  # and then its video ends before the reference
     metric.begin(CLIP)
-    assert metric.finish().counts["windows"] == 0 and metric.overall().counts["windows"] == 0
+    assert metric.finish().counts == {"frames": 0, "windows": 0, "without_a_window": 1} and metric.overall().counts["windows"] == 0
 
 
 def test_one_window_gives_no_distance(vit):

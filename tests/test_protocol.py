@@ -77,6 +77,15 @@ def test_what_cannot_be_crossed_is_said(tmp_path):
         protocol.of_videos(tmp_path, None)
 
 
+def test_a_person_of_several_videos_is_told_by_their_names(videos, tmp_path):
+    for name in ("RD_1.mp4", "RD_2.mp4", "WRA_1.mp4"):
+        (tmp_path / name).write_bytes((videos / "person0.mp4").read_bytes())
+    assert [one.person for one in protocol.of_videos(tmp_path, None, "[^_]+")] == ["RD", "RD", "WRA"]
+    assert [one.person for one in protocol.of_videos(tmp_path, None)] == ["RD_1", "RD_2", "WRA_1"]
+    with pytest.raises(ConfigError, match="finds nobody in the name of RD_1.mp4"):
+        protocol.of_videos(tmp_path, None, "W")
+
+
 @pytest.mark.slow
 def test_from_whole_videos_to_jobs_of_other_people(videos, tmp_path, monkeypatch):
     rules = ["--rules.min-frames", "5", "--rules.min-face", "10", "--rules.min-sharpness", "0", "--size", "64"]

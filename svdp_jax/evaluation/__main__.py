@@ -10,6 +10,7 @@ protocols, and where each metric's weights are published.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import pathlib
@@ -58,12 +59,12 @@ def main() -> None:
         if not rows:
             raise MediaError(f"no video could be measured: {failures[0]}")
         overall = {name: metric.overall() for name, metric in metrics.items()}
-        lines = summary(rows, overall, flags.protocol)
+        lines = summary(rows, overall, flags.protocol) + missed(failures, compare.unused(found, flags.reference))
         show(lines, f"{len(rows)} videos, {sum(row['frames'] for row in rows)} frames, protocol {flags.protocol}")
         for failure in failures:
             print(f"failed: {failure}", file=sys.stderr)
         joint = {name: outcome._asdict() for name, outcome in overall.items() if outcome.counts}
-        record = {"protocol": flags.protocol, "videos": len(rows), "figures": means(rows) | joint_figures(overall), "together": joint}
+        record = {"protocol": flags.protocol, "videos": len(rows), "not_measured": len(failures), "figures": means(rows) | joint_figures(overall), "together": joint}
         if flags.json:
             with files.whole(flags.json) as partial:
                 partial.write_text(json.dumps(record | {"per_video": rows, "failed": failures}, indent=1) + "\n")
@@ -81,11 +82,13 @@ def measure(pair: compare.Pair, metrics: dict[str, learned.Metric], flags: argpa
     look = lambda path, wanted: detectors.detector_for(path, flags.landmarker, frames=video.probe(path).frames) if wanted else None
     parts = flags.protocol == "self" and bool(known(pair.reference))
     looks = look(pair.generated, "landmarks" in uses), look(pair.reference, parts or "landmarks" in uses)
+    if "landmarks" in uses:  # both faces are found by the same means, or a network would see two crops of equal frames
+        looks = (detectors.make_detector(flags.landmarker),) * 2
     clip = learned.Clip(video.probe(pair.generated).fps, audio=video.read_audio(pair.generated, learned.AUDIO_RATE) if "audio" in uses else None)
     if "csim" in metrics and flags.protocol == "cross":
-        path = source_of(pair, flags.sources)
-        picture = video.read_image(path)
-        clip = clip._replace(source=picture, source_landmarks=faces.find_face(picture, detectors.detector_for(path, flags.landmarker), name=str(path)))
+        picture = video.read_image(source_of(pair, flags.sources))
+        seen = detectors.make_detector(flags.landmarker)(picture)
+        clip = clip._replace(source=picture, source_landmarks=faces.find_face(picture, lambda _: seen) if len(seen) else None)
     errors = compare.Errors(parts=parts) if flags.protocol == "self" else None
     for metric in metrics.values():
         metric.begin(clip)
@@ -108,6 +111,20 @@ def source_of(pair: compare.Pair, folder: pathlib.Path) -> pathlib.Path:
     if not found:
         raise MediaError(f"--sources {folder} has no picture {pair.source or 'for a video whose name does not begin with SOURCE--'}")
     return found[0]
+
+
+def portrait_of(pair: compare.Pair, flags: argparse.Namespace) -> pathlib.Path | None:
+    """The picture to show beside a driver who is somebody else."""
+    with contextlib.suppress(MediaError):
+        return source_of(pair, flags.sources) if flags.protocol == "cross" and flags.sources else None
+    return None
+
+
+def missed(failures: Sequence[str], unused: Sequence[pathlib.Path]) -> list[page.Line]:
+    """Lines of what no figure is of."""
+    some = lambda names: ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    lines = [page.Line("videos that could not be measured", str(len(failures)), "", some([failure.split(": ")[0] for failure in failures]))] if failures else []
+    return lines + ([page.Line("references without a generated video", str(len(unused)), "", some([path.stem for path in unused]))] if unused else [])
 
 
 def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -160,9 +177,9 @@ def write_page(
     """--report: the worst videos first, by the first figure of RANKS that there is."""
     pairs = {pair.name: pair for pair in found}
     by = next((name for name in RANKS if name in means(rows)), "")
-    ranked = sorted(rows, key=lambda row: RANKS[by] * row[by] if by in row else math.inf)
+    ranked = sorted(rows, key=lambda row: RANKS[by] * row[by] if by in row else -math.inf)  # none: no face was found
     told = lambda row: ", ".join(f"{name} {value:.3g}" for name, value in row.items() if isinstance(value, float))
-    clips = [page.Clip(pairs[row["name"]], told(row)) for row in ranked[: flags.shown]]
+    clips = [page.Clip(pairs[row["name"]], told(row), portrait_of(pairs[row["name"]], flags)) for row in ranked[: flags.shown]]
     curves = {PLAIN[name][0]: [row["windows"][name] for row in rows] for name in ("l1", "psnr")} if flags.protocol == "self" else {}
     title = f"{flags.generated.resolve().name}: {len(rows)} videos, protocol {flags.protocol}"
     page.write(flags.report, title=title, lines=lines, curves=curves, clips=clips, order=f"the worst first, by {by}" if by else "", notes=notes(flags, metrics))
@@ -189,7 +206,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sources", type=pathlib.Path, help="folder of the portraits, for identity in the cross protocol")
     parser.add_argument("--metrics", default="", help=f"learned ones, with commas: {', '.join(learned.METRICS)} (default: none; errors need no weights)")
     parser.add_argument("--weights", type=pathlib.Path, default=pathlib.Path("weights"), help="folder of the learned metrics' weights (default: %(default)s)")
-    parser.add_argument("--landmarker", help="face_landmarker.task, for errors of eyes, nose and mouth and for metrics of faces; a .npz beside a video comes first")
+    parser.add_argument("--landmarker", help="face_landmarker.task, for metrics of faces, and for errors of eyes, nose and mouth, where a .npz beside a video comes first")
     parser.add_argument("--window", type=int, default=16, help="frames of a window, of which errors are told apart (default: %(default)s)")
     parser.add_argument("--report", type=pathlib.Path, help="write a page here (.html), and its videos beside it")
     parser.add_argument("--shown", type=int, default=12, help="videos on the page, the worst first (default: %(default)s)")
@@ -215,6 +232,8 @@ def parse() -> argparse.Namespace:
             raise ConfigError(f"{path} cannot be written: there is no directory {path.parent}; make it first")
         if path.is_dir():
             raise ConfigError(f"{path} cannot be written: it is a directory")
+    if flags.report:
+        page.clips_folder(flags.report)
     return flags
 
 

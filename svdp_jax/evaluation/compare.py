@@ -65,6 +65,12 @@ def pairs(generated: pathlib.Path, reference: pathlib.Path) -> list[Pair]:
     return [Pair(path.stem, path, other) for path, other in matched if other]
 
 
+def unused(found: list[Pair], reference: pathlib.Path) -> list[pathlib.Path]:
+    """The references that no video is compared with."""
+    used = {pair.reference for pair in found}
+    return [path for path in _videos(reference).values() if path not in used]
+
+
 def _endings(name: str) -> Iterator[str]:
     """The name, and what stands behind each "--" of it."""
     while name:

@@ -25,9 +25,9 @@ def distance(one: Float[np.ndarray, "N D"], other: Float[np.ndarray, "M E"]) -> 
 
 
 def moments(features: Float[np.ndarray, "N D"]) -> tuple[Float[np.ndarray, " D"], Float[np.ndarray, "D K"]]:
-    """The mean, and a factor A of the covariance A A^T (of N - 1); K is the lesser of N and D. ValueError for fewer than two."""
+    """The mean, and a factor A of the covariance A A^T, divided by N as cdfvd does; K is the lesser of N and D. ValueError for fewer than two."""
     if len(features) < 2:
         raise ValueError(f"{len(features)} samples have no covariance; give at least 2")
     features = features.astype(np.float64)
     mean = features.mean(0)
-    return mean, np.linalg.qr((features - mean) / np.sqrt(len(features) - 1), mode="r").T
+    return mean, np.linalg.qr((features - mean) / np.sqrt(len(features)), mode="r").T

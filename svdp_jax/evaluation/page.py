@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import pathlib
-import shutil
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from jaxtyping import UInt8
 
 import svdp_jax
 from svdp_jax import files
+from svdp_jax.config import ConfigError
 from svdp_jax.data import video
 from svdp_jax.data.report import STYLE
 from svdp_jax.evaluation.compare import Pair
@@ -46,6 +47,7 @@ class Clip(NamedTuple):
 
     pair: Pair
     told: str  # its figures
+    portrait: pathlib.Path | None = None  # that it was made from
 
 
 def write(
@@ -53,23 +55,33 @@ def write(
 ) -> None:
     """Writes the page, and NAME_clips/ beside it, in place of earlier ones. `curves`: of each name, one list per clip, a value per window; `order`: of the
     clips, in words. MediaError where it cannot be written."""
-    folder = path.with_name(f"{path.stem}_clips")
+    folder = clips_folder(path)
     with files.writing(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
+        for earlier in folder.iterdir():
+            earlier.unlink()
     shown = []
     for number, clip in enumerate(clips):
         place = folder / f"{number:03d}.mp4"
-        video.write_video(place, side_by_side(clip.pair), fps=video.probe(clip.pair.generated).fps, audio_from=clip.pair.generated, metadata={"comment": MADE})
+        video.write_video(place, side_by_side(clip), fps=video.probe(clip.pair.generated).fps, audio_from=clip.pair.generated, metadata={"comment": MADE})
         shown.append((f"{folder.name}/{place.name}", clip))
     with files.whole(path) as partial:
         partial.write_text(_page(title, lines, curves, shown, order, notes), encoding="utf-8")
 
 
-def side_by_side(pair: Pair) -> Iterator[UInt8[np.ndarray, "256 W 3"]]:
-    """Frames of the reference, left, and of the generated video."""
-    for frames in zip(video.read_frames(pair.reference), video.read_frames(pair.generated), strict=False):
-        yield np.concatenate([_of_height(frame) for frame in frames], axis=1)
+def clips_folder(path: pathlib.Path) -> pathlib.Path:
+    """Where the videos of a page lie. ConfigError where that is a folder with anything else in it."""
+    folder = path.with_name(f"{path.stem}_clips")
+    if folder.exists() and not (folder.is_dir() and all(re.fullmatch(r"\d{3,}\.mp4", place.name) for place in folder.iterdir())):
+        raise ConfigError(f"--report {path} puts its videos into {folder}, which is there and holds other things: another name")
+    return folder
+
+
+def side_by_side(clip: Clip) -> Iterator[UInt8[np.ndarray, "256 W 3"]]:
+    """Frames, from the left: the portrait where it is known, the reference, the generated video."""
+    portrait = [_of_height(video.read_image(clip.portrait))] if clip.portrait else []
+    for frames in zip(video.read_frames(clip.pair.reference), video.read_frames(clip.pair.generated), strict=False):
+        yield np.concatenate([*portrait, *map(_of_height, frames)], axis=1)
 
 
 def _of_height(frame: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "256 V 3"]:
@@ -105,7 +117,8 @@ def _page(
     page.append("</table>")
     for name, values in curves.items():
         page.append(f"<h2>{text(name)}, from window to window</h2>{curve(values)}")
-    page.append(f"<h2>Reference and generated{f', {text(order)}' if order else ''}</h2><div id=clips>")
+    shows = "Portrait, reference and generated" if any(clip.portrait for _, clip in shown) else "Reference and generated"
+    page.append(f"<h2>{shows}{f', {text(order)}' if order else ''}</h2><div id=clips>")
     for place, clip in shown:
         page.append(f"<div class='clip is-kept'><video controls loop muted preload=metadata src='{text(place, quote=True)}#t=0.01'></video><b>{text(clip.pair.name)}</b><br><small>{text(clip.told)}</small></div>")
     page.append("</div><h2>How it was measured</h2>")

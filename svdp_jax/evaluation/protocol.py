@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import pathlib
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -39,21 +40,25 @@ def main() -> None:
     """The command line; see --help."""
     with cli.messages(ConfigError, video.MediaError):
         flags = parse()
-        references = of_videos(flags.videos, flags.limit) if flags.videos else of_clips(flags.clips, flags.split, flags.output, flags.limit)
+        references = of_videos(flags.videos, flags.limit, flags.person) if flags.videos else of_clips(flags.clips, flags.split, flags.output, flags.limit)
         order = range(len(references)) if flags.protocol == "self" else others([reference.person for reference in references], flags.seed)
         write_jobs(flags.output, [(references[source].path, driver.path) for source, driver in zip(order, references, strict=True)])
         folder = flags.videos or flags.output / "references"
         print(f"{len(references)} jobs in {flags.output / 'jobs.csv'}; portraits in {flags.output / 'sources'}, reference videos in {folder}")
 
 
-def of_videos(folder: pathlib.Path, limit: int | None) -> list[Reference]:
-    """The videos of a folder, in the order of their names, each somebody else. ConfigError where there is none."""
+def of_videos(folder: pathlib.Path, limit: int | None, person: str | None = None) -> list[Reference]:
+    """The videos of a folder, in the order of their names, each of whom the expression `person` finds at the beginning of its name, else somebody else.
+    ConfigError where there is none, or nobody is found."""
     if not folder.is_dir():
         raise ConfigError(f"--videos {folder} is no folder")
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in video.ENDINGS)[:limit]
     if not found:
         raise ConfigError(f"--videos {folder} has no video ({', '.join(sorted(video.ENDINGS))})")
-    return [Reference(path, path.stem) for path in found]
+    people = [re.match(person, path.stem) if person else path.stem for path in found]
+    if None in people:
+        raise ConfigError(f"--person {person} finds nobody in the name of {found[people.index(None)].name}")
+    return [Reference(path, who if isinstance(who, str) else who[0]) for path, who in zip(found, people, strict=True)]
 
 
 def of_clips(directory: pathlib.Path, split: str, output: pathlib.Path, limit: int | None) -> list[Reference]:
@@ -108,14 +113,19 @@ def write_jobs(output: pathlib.Path, pairs: Sequence[tuple[pathlib.Path, pathlib
 def parse() -> argparse.Namespace:
     parser = cli.ArgumentParser(prog="python -m svdp_jax.evaluation.protocol", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("--videos", type=pathlib.Path, help="folder of test videos, each of another person, cropped to the head")
+    given.add_argument("--videos", type=pathlib.Path, help="folder of test videos, cropped to the head")
     given.add_argument("--clips", type=pathlib.Path, help="data set that svdp_jax.data.prepare has made; it has no sound")
+    parser.add_argument("--person", help="a regular expression for the beginning of a video's name that says who it is, as [^_]+ for PERSON_CLIP.mp4 (default: the whole name)")
     parser.add_argument("--split", default="validation", help="of the data set (default: %(default)s)")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="folder for what is written")
     parser.add_argument("--protocol", choices=["self", "cross"], required=True)
     parser.add_argument("--limit", type=int, help="so many videos, the first (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of who animates whom (default: %(default)s)")
     flags = parser.parse_args()
+    try:
+        re.compile(flags.person or "")
+    except re.error as error:
+        raise ConfigError(f"--person {flags.person} is no regular expression: {error}") from error
     if flags.limit is not None and flags.limit < 1:
         raise ConfigError(f"--limit {flags.limit} must be at least 1")
     return flags

@@ -17,7 +17,7 @@ Out: a table with targets, and as last line its figures as JSON.
     opening           how far the mouth is open, read from output and truth alike: the difference, 1 from closed to wide open
     drift             mean absolute error of the last window, times that of the first
     rest              dB of all but eyes, nose and mouth, where the person's looks are
-    leak              how far the colours of that rest go from the truth's towards the driver's: 0 not at all, 1 all the way
+    leak              how much of the driver is in that rest, beside how much of the truth: 0 nothing, 1 the driver's colours as they are
     autoencoder       dB of the truth, encoded and decoded: what no model with these latents exceeds by much
     truth             the same read from the truth, against what was drawn: how well it can be read
 
@@ -46,7 +46,7 @@ from jaxtyping import Array, Bool, Float, Float32, Key, UInt8
 from tqdm import tqdm
 
 import svdp_jax
-from svdp_jax import checkpoint, cli, pipeline, sampler, train_state
+from svdp_jax import checkpoint, cli, files, pipeline, sampler, train_state
 from svdp_jax.config import Config, ConfigError, DataConfig
 from svdp_jax.data import drawing, faces, loader, synthetic, video
 from svdp_jax.evaluation import metrics, readings
@@ -165,9 +165,10 @@ def window_errors(output: UInt8[np.ndarray, "N H W 3"], truth: UInt8[np.ndarray,
 def leak(
     output: UInt8[np.ndarray, "N H W 3"], truth: UInt8[np.ndarray, "N H W 3"], driver: UInt8[np.ndarray, "N H W 3"], where: Bool[np.ndarray, "N H W"]
 ) -> float:
-    """The share of the way from the truth to the driver that the output's pixels have gone, in least squares."""
-    way = driver[where].astype(np.float64) - truth[where]
-    return float(((output[where] - truth[where].astype(np.float64)) * way).sum() / np.square(way).sum())
+    """The driver's part in the output's pixels, taken for a constant colour, so much of the truth and so much of the driver, in least squares. An output that
+    fades, or loses the person to a mean of all, has less of the truth, and no more of the driver."""
+    made, true, other = (frames[where].astype(np.float64) - frames[where].mean(0) for frames in (output, truth, driver))
+    return float(np.linalg.lstsq(np.stack([true.ravel(), other.ravel()], axis=1), made.ravel(), rcond=1e-9)[0][1])
 
 
 def expression(output: UInt8[np.ndarray, "N H W 3"], copy: UInt8[np.ndarray, "N H W 3"], case: Case) -> dict[str, float]:
@@ -327,7 +328,8 @@ def evaluate(flags: argparse.Namespace) -> None:
         "seconds": round(seconds, 1), "by_psnr": named, "figures": rows, "error_by_window": np.mean(errors, axis=0).tolist(),
     }  # fmt: skip
     if flags.json:
-        flags.json.write_text(json.dumps(record | {"per_clip": clips}, indent=2) + "\n")
+        with files.whole(flags.json) as partial:
+            partial.write_text(json.dumps(record | {"per_clip": clips}, indent=2) + "\n")
     print(json.dumps(record))
 
 

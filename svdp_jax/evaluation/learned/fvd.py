@@ -115,7 +115,7 @@ class Fvd:
 
     def finish(self) -> Outcome:
         self.features += self.of_clip
-        return Outcome({}, {"frames": self.number, "windows": len(self.of_clip)})
+        return Outcome({}, {"frames": self.number, "windows": len(self.of_clip), "without_a_window": int(not self.of_clip)})
 
     def overall(self) -> Outcome:
         """`fvd`; it needs two windows."""
