@@ -20,6 +20,7 @@ import pathlib
 import queue
 import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple
@@ -31,7 +32,7 @@ import tyro
 from tqdm import tqdm
 
 import svdp_jax
-from svdp_jax import checkpoint, cli, pipeline, rendering, sharding
+from svdp_jax import checkpoint, cli, files, pipeline, rendering, sharding
 from svdp_jax.config import Config, ConfigError, MeshConfig
 from svdp_jax.data import faces, inputs, video
 from svdp_jax.stopwatch import Stopwatch
@@ -115,8 +116,10 @@ def main(flags: Flags) -> None:
         raise ConfigError(f"--max-frames {flags.max_frames} must be at least 1")
     if not 0 <= flags.seed < 2**32:
         raise ConfigError(f"--seed {flags.seed} must be 0 to 2**32 - 1")
-    jobs, config = jobs_of(flags), read_config(flags)
-    provenance = functools.cache(lambda: checkpoint.fingerprint(flags.checkpoint))
+    jobs = jobs_of(flags)
+    stored, weights = checkpoint.find_weights(flags.checkpoint)  # once: training may save another step meanwhile
+    config = override(stored, flags)
+    provenance = functools.cache(lambda: checkpoint.fingerprint(flags.checkpoint, weights))
     if flags.mesh.strategy == "context":
         count = jax.device_count()
         if config.data.frames % count:
@@ -124,7 +127,7 @@ def main(flags: Flags) -> None:
         places = [sharding.make_layout(MeshConfig(data=1, context=count, strategy="fsdp_context"))]
     else:
         places = jax.local_devices()[: len(jobs)]
-    models = [functools.cache(functools.partial(load, flags, config, place)) for place in places]
+    models = [functools.cache(functools.partial(load, flags, config, weights, place)) for place in places]
     if flags.jobs is None:
         print(render(jobs[0], flags, config, models[0], provenance))
     else:
@@ -174,6 +177,8 @@ def render(job: Job, flags: Flags, config: Config, model: Callable[[], Model], p
     # ------------------------------------------------------------------------- inputs: all checked before any slow work
     watch = Stopwatch()
     make_writable(job.output, job.name)
+    if flags.resume and (results := finished_results(flags, config, job, provenance)):
+        return "\n".join(f"finished before: {path}" for path in results)
     finished = job.output / f".{job.name}.windows"
     kept = rendering.windows_in(finished)
     if kept and not flags.resume:
@@ -238,14 +243,28 @@ def render(job: Job, flags: Flags, config: Config, model: Callable[[], Model], p
         "guidance": config.sample.guidance,
         "windows": {"rendered": windows - kept, "resumed": kept},
         "seconds": watch.seconds,
+        "settings": settings | {"paste_back": flags.paste_back},
     }
     written.append(job.output / f"{job.name}.json")
-    written[-1].write_text(json.dumps(record, indent=2) + "\n")
+    with files.whole(written[-1]) as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n")
     shutil.rmtree(finished)
     first = watch.seconds.get(FIRST_FRAME)
     spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in watch.seconds.items() if name != FIRST_FRAME)
     spent += f"; first frame after {first:.1f}" if first else ""
     return "\n".join([f"seconds: {spent}; {watch.since_start():.1f} in all", *(f"wrote {path}" for path in written)])
+
+
+def finished_results(flags: Flags, config: Config, job: Job, provenance: Callable[[], str]) -> list[pathlib.Path]:
+    """What an earlier run has written for this job, whole and with the same settings; empty where it has not."""
+    record = job.output / f"{job.name}.json"
+    results = [job.output / f"{job.name}{ending}" for ending in (".mp4", "_concat.mp4")[: 1 + flags.concat]]
+    try:
+        before = json.loads(record.read_text()).get("settings")
+        now = json.loads(json.dumps(settings_of(flags, config, job, provenance()) | {"paste_back": flags.paste_back}))
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [*results, record] if before == now and all(path.is_file() for path in results) else []
 
 
 def keep_windows(folder: pathlib.Path, windows: Iterator[pipeline.Window], watch: Stopwatch) -> None:
@@ -277,8 +296,10 @@ def jobs_of(flags: Flags) -> list[Job]:
         return [Job(DEMO / "source.png", DEMO / "driving.mp4", flags.output) if bundled else Job(flags.source, flags.driving, flags.output)]
     if flags.source is not None:
         raise ConfigError("--jobs has the pairs of --source and --driving: give one or the other")
+    if flags.landmarker and flags.landmarker.suffix == ".npz":
+        raise ConfigError(f"--landmarker {flags.landmarker} holds the landmarks of one video: with --jobs put each driver's beside it, under its name")
     try:
-        with flags.jobs.open(newline="") as file:
+        with flags.jobs.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"--jobs {flags.jobs} cannot be read: {error}") from error
@@ -296,17 +317,11 @@ def jobs_of(flags: Flags) -> list[Job]:
     return jobs
 
 
-def load(flags: Flags, config: Config, place: sharding.Layout | jax.Device) -> Model:
+def load(flags: Flags, config: Config, weights: files.Place, place: sharding.Layout | jax.Device) -> Model:
     """The checkpoint's weights, where they are used."""
-    _, params, frozen = checkpoint.load_weights(flags.checkpoint, pipeline.abstract_weights(config, place))
+    _, params, frozen = checkpoint.load_weights(flags.checkpoint, pipeline.abstract_weights(config, place), weights)
     layout = place if isinstance(place, sharding.Layout) else None
     return Model(params, jax.device_put(frozen, place.whole if layout else place), layout)
-
-
-def read_config(flags: Flags) -> Config:
-    """The checkpoint's config with the flags' sampling, before its weights are loaded."""
-    config, _ = checkpoint.find_weights(flags.checkpoint)
-    return override(config, flags)
 
 
 def override(config: Config, flags: Flags) -> Config:
@@ -319,11 +334,12 @@ def make_writable(directory: pathlib.Path, name: str) -> None:
     """Makes the directory; ConfigError if nothing can be written there, or a folder has the name of a result."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".{os.getpid()}.writable"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=directory).close()
+        longest = os.pathconf(directory, "PC_NAME_MAX") - len(f"._concat.mp4.{'0' * 32}.partial")
     except OSError as error:
         raise ConfigError(f"--output {directory} cannot be written: {error.strerror}") from error
+    if not name.isprintable() or len(os.fsencode(name)) > longest:
+        raise ConfigError(f"--output: no file can be called {ascii(name[:60])}... after source and driver; give them shorter, readable names")
     for path in (directory / f"{name}{ending}" for ending in (".mp4", "_concat.mp4", ".json")):
         if path.is_dir():
             raise ConfigError(f"--output {directory} cannot be written: {path.name} is a folder there; move it or choose another directory")

@@ -5,6 +5,7 @@ Any field of the config, typed, by its dotted name. A workdir that holds checkpo
 Several processes: --coordinator HOST:PORT --processes N --process I, where they do not find each other (docs/training.md).
 """
 
+import dataclasses
 import json
 import pathlib
 import time
@@ -25,7 +26,7 @@ from svdp_jax.models.tokens import position_table
 from svdp_jax.types import Batch, Frozen
 
 FREELY = (  # what changes no step
-    "stop_at", "profile", "workers", "cache", "remat", "accumulation", "log_every", "sample_every", "checkpoint_every", "keep", "keep_every",
+    "init_from", "stop_at", "profile", "workers", "cache", "remat", "accumulation", "log_every", "sample_every", "checkpoint_every", "keep", "keep_every",
 )
 BAD_STEPS = 10  # in a row whose loss or gradient is not finite, until a run ends
 
@@ -42,6 +43,10 @@ def main(config: Config, workdir: files.Place, cluster: processes.Cluster) -> No
     train, writer = config.train, jax.process_index() == 0
     if train.profile and files.is_remote(workdir):
         raise ConfigError(f"train.profile={train.profile} needs a local --workdir: a trace cannot be written to {workdir}")
+    if (workdir / checkpoint.WEIGHTS).exists():
+        raise ConfigError(f"--workdir {workdir} holds an exported or converted checkpoint: another one, and --train.init-from {workdir} to start from it")
+    if config.data.history and train.history_from_step >= train.steps:
+        warnings.warn(f"history is not trained before train.history_from_step={train.history_from_step}, and train.steps={train.steps} end before", stacklevel=1)
     layout = sharding.make_layout(config.mesh)
     sharding.check_batch(layout, train.batch, accumulation=train.accumulation)
     checkpoints = steps.manager(workdir, keep=train.keep, keep_every=train.keep_every)
@@ -51,9 +56,11 @@ def main(config: Config, workdir: files.Place, cluster: processes.Cluster) -> No
     if start:
         run = steps.restore_run(checkpoints)
         tell_changes(config, run.config)
+        config = dataclasses.replace(config, train=(train := dataclasses.replace(train, init_from=run.config["train"]["init_from"])))  # which it began from
     rows = layout.rows(train.batch)
     batches = loader.batches(config.data, split="train", seed=train.seed, batch=train.batch, start_sample=run.samples, rows=rows)
-    shown = loader.whole_clip(clips.open_clips(config.data.path, split="validation")[0], config.data)
+    source, *frames = loader.whole_clip(next(clips.open_clips(config.data.path, split="validation").readable()), config.data)
+    shown = (source, *(part[: 2 * config.data.frames] for part in frames))  # two windows: the second has a history that was generated
 
     # -------------------------------------------------------------------------------------------- state, born in its shards
     abstract = train_state.abstract_state(config, layout)
@@ -85,6 +92,7 @@ def main(config: Config, workdir: files.Place, cluster: processes.Cluster) -> No
         """Waits for a step and notes what came of it. Whether to stop."""
         stop = journal.add(step, metrics, work)
         if journal.bad >= BAD_STEPS:
+            steps.finish(checkpoints)
             last = checkpoints.latest_step()
             raise TrainingError(f"step {step}: loss or gradient was not finite for {BAD_STEPS} steps in a row; {workdir} keeps the checkpoint of step {last}")
         return stop
@@ -115,12 +123,15 @@ def main(config: Config, workdir: files.Place, cluster: processes.Cluster) -> No
                 run = run._replace(samples=begun + (done - start) * train.batch, pending=journal.pending, config=to_dict(config))
                 steps.save(checkpoints, state, run)
             if done % train.sample_every == 0 or done == train.steps:
-                ema = layout.gathered(state.ema, config.model.dtype)
-                if writer:
-                    journal.picture(done, pipeline.contact_sheet(config, ema, frozen, *shown))
+                with journal.paused():
+                    ema = layout.gathered(state.ema, config.model.dtype)
+                    if writer:
+                        journal.picture(done, pipeline.contact_sheet(config.as_trained(done), ema, frozen, *shown))
+                    del ema  # of which a device has no room to spare
             if stopping:
                 break
-    steps.finish(checkpoints)
+        steps.finish(checkpoints)
+        processes.wait_for_all()  # the last picture may take minutes
     checkpoints.close()
     batches.close()
     journal.close()
@@ -138,6 +149,8 @@ def tell_changes(config: Config, before: dict) -> None:
         if old.get(name) != value and name not in FREELY
     ]
     told = ", ".join(f"{name}={new} (so far: {old})" for name, old, new in changed)
+    if "train.seed" in [name for name, *_ in changed]:
+        raise ConfigError(f"the run in this workdir has another train.seed, which decides all that is drawn: {told}; use its own, or another workdir")
     if any(name.split(".")[0] in ("model", "autoencoder") for name, _, _ in changed):
         raise ConfigError(f"this workdir holds a run of another network: {told}; use its config.json, or another workdir")
     if changed:
@@ -150,7 +163,7 @@ def new_frozen(config: Config) -> Frozen:
     if config.autoencoder.kind == "linear":
         records = clips.open_clips(config.data.path, split="train")
         chosen = np.random.default_rng(config.train.seed).choice(len(records), min(len(records), 64), replace=False)
-        autoencoder = fit_linear(config.autoencoder, np.concatenate([loader.whole_clip(records[int(i)], config.data)[2][::4] for i in chosen]))
+        autoencoder = fit_linear(config.autoencoder, np.concatenate([loader.whole_clip(clip, config.data)[2][::4] for clip in records.readable(chosen)]))
     else:
         warnings.warn("autoencoder and prompt are random, too: --train.init-from DIR starts from converted or trained weights", stacklevel=1)
         empty = np.zeros((1, config.data.size, config.data.size, 3), np.float32)

@@ -75,8 +75,11 @@ def save_frozen(directory: files.Place, frozen: Frozen) -> None:
 
 
 def load_frozen(directory: files.Place) -> Frozen:
-    """What `save_frozen` wrote."""
-    return Frozen(**load_tree(directory / FROZEN))
+    """What `save_frozen` wrote. ConfigError where it cannot be read."""
+    try:
+        return Frozen(**load_tree(directory / FROZEN))
+    except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{directory / FROZEN} cannot be read: {files.first_line(error)}") from error
 
 
 def absolute(path: files.Place) -> files.Place:
@@ -89,7 +92,8 @@ def absolute(path: files.Place) -> files.Place:
 
 
 def find_weights(directory: str | os.PathLike) -> tuple[Config, files.Place]:
-    """The config of a checkpoint, and where in it the weights are. Raises ConfigError as `load_weights` does."""
+    """The config of a checkpoint, and where in it the weights are. A workdir's weights that have not been trained with history yet are sampled without it.
+    Raises ConfigError as `load_weights` does."""
     directory = files.place(directory)
     if not (directory / CONFIG).is_file():
         raise ConfigError(f"{directory} is not a checkpoint: it has no {CONFIG}; give a training workdir or an exported checkpoint")
@@ -99,7 +103,7 @@ def find_weights(directory: str | os.PathLike) -> tuple[Config, files.Place]:
         steps = saved_steps(directory)
         if not steps:
             raise ConfigError(f"{directory} holds neither {WEIGHTS}/ nor a finished step in {STEPS}/: train longer, or give another directory")
-        weights = directory / STEPS / str(steps[-1]) / EMA
+        weights, config = directory / STEPS / str(steps[-1]) / EMA, config.as_trained(steps[-1])
     return config, weights
 
 
@@ -111,18 +115,19 @@ def saved_steps(workdir: files.Place) -> list[int]:
     return sorted(int(path.name) for path in found)
 
 
-def load_weights(directory: str | os.PathLike, like: Any = None) -> tuple[Config, Any, Frozen]:
+def load_weights(directory: str | os.PathLike, like: Any = None, weights: files.Place | None = None) -> tuple[Config, Any, Frozen]:
     """Config, EMA parameters (float32) and frozen arrays of an exported checkpoint or a workdir's last step.
 
     Parameters are numpy arrays, or arrays as in `like` (shapes with types and shardings): then no host holds them all. Raises ConfigError, naming what is missing or
-    does not fit the config, if the directory is neither."""
-    config, params, frozen = load_stored(directory, like)
+    does not fit the config, if the directory is neither. `weights`: what `find_weights` found there before, where training may have saved another step since."""
+    config, params, frozen = load_stored(directory, like, weights)
     return config, params if like else jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params), frozen
 
 
-def load_stored(directory: str | os.PathLike, like: Any = None) -> tuple[Config, Any, Frozen]:
+def load_stored(directory: str | os.PathLike, like: Any = None, weights: files.Place | None = None) -> tuple[Config, Any, Frozen]:
     """As `load_weights`; numpy arrays in the types that the checkpoint stores."""
-    config, weights = find_weights(directory)
+    config, latest = find_weights(directory)
+    weights = weights or latest
     try:
         if problem := misfit(abstract_params(config), stored(weights)):
             raise ConfigError(f"checkpoint {directory} does not fit its {CONFIG}: {problem}")
@@ -167,16 +172,19 @@ def misfit(wanted: Any, found: Any) -> str | None:
     return None
 
 
-def fingerprint(directory: str | os.PathLike) -> str:
-    """A short hash of the files that `load_weights` reads, for the provenance of what is made with them."""
+def fingerprint(directory: str | os.PathLike, weights: files.Place | None = None) -> str:
+    """A short hash of the files that `load_weights` reads, for the provenance of what is made with them. ConfigError where one goes meanwhile."""
     directory, digest = files.place(directory), hashlib.sha256()
-    weights = find_weights(directory)[1]
+    weights = weights or find_weights(directory)[1]
     read = [directory / CONFIG, *(directory / FROZEN).rglob("*"), *weights.rglob("*")]
     for path in sorted(path for path in read if path.is_file()):
         digest.update(str(path.relative_to(directory)).encode())
-        with path.open("rb") as file:
-            while part := file.read(2**24):
-                digest.update(part)
+        try:
+            with path.open("rb") as file:
+                while part := file.read(2**24):
+                    digest.update(part)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read ({files.one_line(error)}); a run that goes on removes old steps: export one, or set train.keep") from error
     return digest.hexdigest()[:16]
 
 

@@ -195,6 +195,9 @@ class TrainConfig:
         _check(0 <= self.seed < 2**32, "train.seed", self.seed, "must be 0 to 2**32 - 1")  # JAX drops what is above
         _check(0 <= self.ema < 1, "train.ema", self.ema, "must be at least 0 and less than 1")
         _check(0 <= self.decay <= 1, "train.decay", self.decay, "must be a share, 0 to 1")
+        _check(0 <= self.beta2 < 1, "train.beta2", self.beta2, "must be at least 0 and less than 1")
+        _check(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "must not be negative")
+        _check(self.stop_at is None or self.stop_at > 0, "train.stop_at", self.stop_at, "must be positive")
         _check(self.history_noise >= 0, "train.history_noise", self.history_noise, "must not be negative")
         _check(self.warmup >= 0, "train.warmup", self.warmup, "must not be negative")
         _check(
@@ -273,6 +276,11 @@ class Config:
     def has_history(self, step: int) -> bool:
         """Whether this step of training, counted from 0, belongs to the second stage."""
         return self.data.history > 0 and step >= self.train.history_from_step
+
+    def as_trained(self, step: int) -> Config:
+        """The config to sample weights with that have so many steps behind them: without history where they have seen none (zeroed, they have)."""
+        known = not self.data.history or self.has_history(step - 1) or self.model.dropped == "zero"
+        return self if known else dataclasses.replace(self, data=dataclasses.replace(self.data, history=0))
 
     @property
     def profiled(self) -> range:

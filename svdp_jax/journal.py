@@ -11,9 +11,10 @@ A run that goes on drops what it had logged behind the step it goes on from.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import imageio.v3 as iio
@@ -75,6 +76,13 @@ class Journal:
 
     def waited_for_data(self, seconds: float) -> None:
         self.waited += seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside is no step's time."""
+        begun = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - begun
 
     def add(self, step: int, metrics: dict[str, jax.Array], work: float) -> bool:
         """The metrics of step number `step`, counted from 1, and its floating-point operations: waits for that step. Writes a record where one

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
+from jax.experimental import multihost_utils
 
 from svdp_jax.config import ConfigError
 from svdp_jax.files import one_line
@@ -146,6 +147,12 @@ def together() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+
+
+def wait_for_all() -> None:
+    """Until all processes are here, however long one takes: at their ends JAX gives them five minutes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("all are here")
 
 
 class Told:

@@ -39,8 +39,9 @@ def begin(folder: pathlib.Path, settings: dict[str, Any], *, bytes_needed: int) 
     free = shutil.disk_usage(folder.parent).free
     if free < bytes_needed:
         raise ConfigError(f"{folder.parent} has {free / 1e9:.1f} GB free; finished windows need {bytes_needed / 1e9:.1f} GB until the video is written")
-    folder.mkdir()
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    with files.writing(folder):
+        folder.mkdir(exist_ok=True)
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:

@@ -149,7 +149,8 @@ def draw(config: Config, samples: int, key: Key[Array, ""], *, with_history: boo
 def encode(config: Config, autoencoder: Any, batch: Batch, draws: Draws, *, with_history: bool, layout: Layout | None = None) -> tuple[Float[Array, "B F h w C"], Conditions]:
     """Latents of the target, drawn from their distribution, and the conditions; all frames go through one loop over the autoencoder."""
     encoder = make_autoencoder(config.autoencoder, dtype=config.model.dtype)
-    streams = [batch.target, batch.source[:, None], batch.driving, *[batch.history] * with_history]
+    zeroed = config.model.dropped == "zero" and config.data.history > 0  # it stays, zeroed by its level, where it is not used yet
+    streams = [batch.target, batch.source[:, None], batch.driving, *[batch.history] * (with_history or zeroed)]
     frames = jnp.concatenate(streams, axis=1)
     noise = jnp.pad(draws.latent, ((0, 0), (0, frames.shape[1] - draws.latent.shape[1]), *[(0, 0)] * 3))  # conditions are the mode
 
@@ -169,7 +170,7 @@ def loss_fn(
 ) -> tuple[Float[Array, ""], Metrics]:
     """Mean square error of the network on a batch, and metrics (SVDP, "Training"; levels: `LevelConfig`).
 
-    `with_history`: the second stage. The first compiles without history, at less cost. `layout`: of the mesh; None is one device.
+    `with_history`: the second stage. The first compiles without history, at less cost (but for `dropped="zero"`). `layout`: of the mesh; None is one device.
     """
     x0, conditions = encode(config, autoencoder, batch, draws, with_history=with_history, layout=layout)
     output = make_transformer(config, training=True, layout=layout).apply(

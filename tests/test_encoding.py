@@ -87,6 +87,22 @@ def test_audio_is_copied_as_long_as_the_video_lasts(tmp_path, strict):
     assert copied == original[: len(copied)]
 
 
+def test_sound_lies_beside_its_picture_in_the_file(tmp_path, strict):
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        wave = av.AudioFrame.from_ndarray(np.zeros((1, 16000 * 24), np.float32), format="fltp", layout="mono")
+        wave.sample_rate = 16000
+        container.mux(stream.encode(wave) + stream.encode())
+    video.write_video(tmp_path / "a.mp4", clip(25 * 24), fps=Fraction(25), metadata={}, audio_from=tmp_path / "sound.mp4")
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        packets = sorted((packet.pos, float(packet.dts * packet.time_base), packet.stream.type) for packet in container.demux() if packet.dts is not None)
+    seen, apart = {"video": 0.0, "audio": 0.0}, []
+    for _, time, kind in packets:
+        seen[kind] = time
+        apart.append(abs(seen["video"] - seen["audio"]))
+    assert seen["audio"] > 20 and max(apart) < 1
+
+
 def test_audio_keeps_its_place_when_the_first_frame_is_late(tmp_path, strict):
     late = write(tmp_path / "late.mkv", audio="aac", pts=[400 + 40 * number for number in range(12)])
     video.write_video(tmp_path / "a.mp4", clip(25), fps=Fraction(25), metadata={}, audio_from=late)

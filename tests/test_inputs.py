@@ -9,7 +9,8 @@ import pytest
 from conftest import write_pair
 
 from svdp_jax.config import DataConfig
-from svdp_jax.data import detectors, faces, inputs, synthetic
+from svdp_jax.data import detectors, faces, inputs, synthetic, video
+from svdp_jax.files import MediaError
 
 DATA = DataConfig(size=64, frames=4, history=2)
 FRAMES = 7
@@ -35,6 +36,21 @@ def test_landmarks_beside_the_files_are_used(pair):
     expected = faces.crop_landmarks(faces.smooth(clip.driver_landmarks), prepared.driver_crop, DATA.size)
     np.testing.assert_allclose(prepared.landmarks, expected, atol=1e-3)
     assert prepared.info.fps == Fraction(30000, 1001)
+
+
+def test_landmarks_that_could_be_of_either_file_are_refused(pair, tmp_path):
+    for name, ending in ("portrait", ".png"), ("motion", ".mp4"), ("motion", ".npz"):
+        (tmp_path / f"anna{ending}").write_bytes((pair[0] / f"{name}{ending}").read_bytes())
+    with pytest.raises(MediaError, match="anna.npz: of anna.png or of anna.mp4"):
+        inputs.prepare(tmp_path / "anna.png", tmp_path / "anna.mp4", DATA)
+
+
+def test_landmarks_of_a_video_of_no_constant_rate_are_refused(pair, tmp_path):
+    (tmp_path / "phone.npz").write_bytes((pair[0] / "motion.npz").read_bytes())
+    info = video.probe(pair[0] / "motion.mp4")
+    detectors.detector_for(tmp_path / "phone.mp4", None, info)
+    with pytest.raises(MediaError, match="phone.mp4: its frames are not evenly spaced"):
+        detectors.detector_for(tmp_path / "phone.mp4", None, info._replace(even=False))
 
 
 def test_landmarks_beside_a_file_come_before_a_landmarker(pair):

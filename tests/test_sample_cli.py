@@ -133,6 +133,24 @@ def test_resuming_nothing_begins(sample, tmp_path):
     assert len(frames_of(tmp_path / "out" / "portrait--motion.mp4")) == FRAMES
 
 
+def test_what_is_finished_is_not_made_again(sample, monkeypatch, tmp_path):
+    sample(tmp_path / "out")
+    made = (tmp_path / "out" / "portrait--motion.mp4").stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "load_weights", lambda *_: pytest.fail("it is finished"))
+        assert f"finished before: {tmp_path / 'out' / 'portrait--motion.mp4'}" in sample(tmp_path / "out", "--resume")
+    sample(tmp_path / "out", "--resume", "--seed", 1)
+    assert (tmp_path / "out" / "portrait--motion.mp4").stat().st_mtime_ns != made
+
+
+def test_a_name_that_no_result_can_have_is_told_before_any_work(script, never_loaded, media, workdir, tmp_path):
+    given = ["-d", media / "motion.mp4", "--checkpoint", workdir, "-o", tmp_path / "out"]
+    for name in ("long" * 55 + ".png", "caf\udce9.png"):
+        shutil.copy(media / "portrait.png", tmp_path / name)
+        status, _, err = script("sample.py", "-s", tmp_path / name, *given)
+        assert status == 2 and len(err.splitlines()) == 1 and "give them shorter, readable names" in err
+
+
 def test_ctrl_c_is_one_line_that_says_how_to_go_on(script, media, workdir, monkeypatch, tmp_path):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -284,6 +302,7 @@ def test_jobs_are_done_one_after_the_other_and_a_failed_one_stops_none(sample, s
     sample(tmp_path / "alone")
     good, bad = (media / "portrait.png", media / "motion.mp4"), (tmp_path / "gone.png", media / "motion.mp4")
     jobs = write_jobs(tmp_path / "jobs.csv", (*good, ""), (*bad, ""), (*good, tmp_path / "other"))
+    jobs.write_bytes(b"\xef\xbb\xbf" + jobs.read_bytes())  # as Excel begins a file of UTF-8
     status, out, err = script("sample.py", "--jobs", jobs, "--checkpoint", workdir, "-o", tmp_path / "out")
     assert status == 1
     failed = [line for line in err.splitlines() if line.startswith(("failed", "error"))]

@@ -143,8 +143,13 @@ def test_the_command_writes_a_dataset_and_resumes(tmp_path, monkeypatch, capsys)
         assert found.id == expected.id
         np.testing.assert_array_equal(found.driver_landmarks, expected.driver_landmarks)
         assert np.abs((found.target.astype(float) - expected.target) @ [0.3, 0.6, 0.1]).mean() < 3  # the codec halves colour, not light
-    with pytest.raises(SystemExit, match="begun with --size 32; use the same, or another --output"):
+    with pytest.raises(SystemExit):
         synthetic.main([*command[:-1], "48"])
+    assert "begun with --size 32; use the same, or another --output" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as end:
+        synthetic.main(["--output", str(tmp_path / "file" / "data"), *command[2:]])
+    assert end.value.code == 2 and "cannot be written" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         synthetic.main([*command[:-1], "8"])
     assert "--size 8 must be 16 to 2048" in capsys.readouterr().err

@@ -43,15 +43,26 @@ def test_nothing_holds_the_whole_video(tmp_path, monkeypatch):
     assert number == 60 and peak < 20 * 64 * 96 * 3
 
 
-@pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
-def test_rotated_videos_are_upright(tmp_path, strict, matrix, turns):
+@pytest.mark.parametrize(
+    ("matrix", "shown"),
+    [
+        ((0, 1, -1, 0), lambda picture: np.rot90(picture, -1)),
+        ((-1, 0, 0, -1), lambda picture: np.rot90(picture, 2)),
+        ((0, -1, 1, 0), lambda picture: np.rot90(picture, 1)),
+        ((-1, 0, 0, 1), np.fliplr),
+        ((1, 0, 0, -1), np.flipud),
+        ((0, 1, 1, 0), lambda picture: picture.swapaxes(0, 1)),
+        ((0, -1, -1, 0), lambda picture: np.rot90(picture, 2).swapaxes(0, 1)),
+    ],
+)
+def test_rotated_and_mirrored_videos_are_upright(tmp_path, strict, matrix, shown):
     # The track's display matrix is [a b u, c d v, x y w]: it takes a point right to (a, b) and a point down to (c, d).
     data = bytearray(write(tmp_path / "a.mp4").read_bytes())
     place = data.index(b"tkhd") + 4 + 40
     fixed = [matrix[0] << 16, matrix[1] << 16, 0, matrix[2] << 16, matrix[3] << 16, 0, 0, 0, 1 << 30]
     data[place : place + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in fixed)
     (tmp_path / "a.mp4").write_bytes(data)
-    expected = np.rot90(clip(1)[0], turns)
+    expected = shown(clip(1)[0])
     info, frame = video.probe(tmp_path / "a.mp4"), next(video.read_frames(tmp_path / "a.mp4"))
     assert (info.height, info.width) == expected.shape[:2]
     assert np.abs(frame.astype(int) - expected).mean() < 3

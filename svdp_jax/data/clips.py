@@ -211,6 +211,19 @@ class Clips:
             _check_clip(clip)
         return clip
 
+    def readable(self, numbers: Iterable[int] | None = None) -> Iterator[Clip]:
+        """The clips of these numbers (all, if not given) that can be read. MediaError where none can be."""
+        problem = found = None
+        for number in range(len(self)) if numbers is None else numbers:
+            try:
+                found = self[int(number)]
+            except video.MediaError as error:
+                problem = error
+                continue
+            yield found
+        if found is None:
+            raise video.MediaError(f"{self.path}: no clip can be read; the last: {problem}")
+
     def stored(self, index: int) -> Clip:
         """Clip number `index` with `Frames`, of which none is decoded yet. Errors as above; those of decoding come later."""
         if not 0 <= index < len(self):

@@ -12,6 +12,7 @@ import itertools
 import os
 import pathlib
 import sys
+import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -24,12 +25,14 @@ from jaxtyping import Float32, UInt8
 from skimage.data import lbp_frontal_face_cascade_filename
 from skimage.feature import Cascade
 
-from svdp_jax.data.video import MediaError
+from svdp_jax.data.video import MediaError, VideoInfo
 
 Detector = Callable[[UInt8[np.ndarray, "H W 3"]], Float32[np.ndarray, "faces K 2"]]
 
 COUNTS = (68, 478)
 NO_LANDMARKER = "no landmarker given: faces are found, expressions are not tracked; give face_landmarker.task (see README)"
+UNEVEN = "{0}: its frames are not evenly spaced, and {1} does not say which of them is seen when; make the video one of a constant rate, or do without the .npz"
+_STDERR = threading.Lock()
 CASCADE_SIZE = 300  # pixels, longest side of the picture in which the cascade looks
 
 
@@ -56,10 +59,14 @@ def make_detector(landmarker: str | os.PathLike | None, *, frames: int | None = 
     raise MediaError(f"landmarker {landmarker}: must be a MediaPipe .task file or a .npz file of landmarks")
 
 
-def detector_for(path: pathlib.Path, landmarker: str | os.PathLike | None, *, frames: int | None = None) -> Detector:
-    """The detector for the frames of a file: landmarks in a .npz beside it where there is one, else that of `make_detector`."""
+def detector_for(path: pathlib.Path, landmarker: str | os.PathLike | None, info: VideoInfo | None = None) -> Detector:
+    """The detector for the frames of a file: landmarks in a .npz beside it where there is one, else that of `make_detector`. `info`: of a video.
+    MediaError where its frames have no even rate, of which landmarks say nothing."""
     beside = path.with_suffix(".npz")
-    return make_detector(beside if beside.is_file() else landmarker, frames=frames)
+    given = beside if beside.is_file() else landmarker
+    if info and not info.even and pathlib.Path(given or os.environ.get("SVDP_FACE_LANDMARKER") or "").suffix == ".npz":
+        raise MediaError(UNEVEN.format(path, given))
+    return make_detector(given, frames=info.frames if info else None)
 
 
 def mediapipe_detector(task_path: str | os.PathLike, *, max_faces: int = 4) -> Detector:
@@ -95,16 +102,17 @@ def mediapipe_detector(task_path: str | os.PathLike, *, max_faces: int = 4) -> D
 
 @contextlib.contextmanager
 def _no_native_messages() -> Iterator[None]:
-    """Keeps what native code writes to stderr from the terminal."""
-    sys.stderr.flush()
-    terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(terminal, 2)
-        os.close(terminal)
-        os.close(nowhere)
+    """Keeps what native code writes to stderr from the terminal. One thread at a time, or one would take the other's nowhere for the terminal."""
+    with _STDERR:
+        sys.stderr.flush()
+        terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, 2)
+            yield
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            os.close(nowhere)
 
 
 def precomputed_detector(landmarks: Float32[np.ndarray, "N K 2"]) -> Detector:

@@ -7,13 +7,14 @@ two of it in memory; or bytes, of which `decode` gives any frames without decodi
 from __future__ import annotations
 
 import contextlib
+import heapq
 import io
 import itertools
 import os
 import pathlib
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 
 import av
@@ -94,22 +95,26 @@ def _add_audio(picture: str, audio_from: str | os.PathLike, output: str, *, seco
             container.metadata.update({key: value for key, value in video.metadata.items() if key in METADATA_KEYS})
             video_out = container.add_stream_from_template(video.streams.video[0])
             audio_out = container.add_stream_from_template(audio)
-            for packet in video.demux(video=0):
-                if packet.dts is not None:
-                    packet.stream = video_out
-                    container.mux(packet)
-            shift = round(start / audio.time_base)
-            end = None
-            for packet in other.demux(audio):
-                if packet.dts is None or packet.pts is None:
-                    continue
-                packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
-                if packet.pts * audio.time_base >= seconds:
-                    break
-                if packet.pts * audio.time_base < -1:  # long before our first frame; decoders need what is shortly before
-                    continue
-                end = (packet.pts + (packet.duration or 0)) * audio.time_base
-                packet.stream = audio_out
+            shift, end = round(start / audio.time_base), None
+
+            def sound() -> Iterator[av.Packet]:
+                nonlocal end
+                for packet in other.demux(audio):
+                    if packet.dts is None or packet.pts is None:
+                        continue
+                    packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+                    if packet.pts * audio.time_base >= seconds:
+                        return
+                    if packet.pts * audio.time_base < -1:  # long before our first frame; decoders need what is shortly before
+                        continue
+                    end = (packet.pts + (packet.duration or 0)) * audio.time_base
+                    yield packet
+
+            # By time, so that a player that reads from the start has sound and picture together.
+            pictures = ((packet.dts * packet.time_base, video_out, packet) for packet in video.demux(video=0) if packet.dts is not None)
+            sounds = ((packet.dts * audio.time_base, audio_out, packet) for packet in sound())
+            for _, stream, packet in heapq.merge(pictures, sounds, key=lambda timed: timed[0]):
+                packet.stream = stream
                 container.mux(packet)
         if end is None:
             raise ValueError("none of it is to be heard while the picture is seen")

@@ -177,6 +177,8 @@ def paste_back(source_full: UInt8[np.ndarray, "H W 3"], animated: UInt8[np.ndarr
     columns = slice(max(crop.x0, 0), max(min(crop.x0 + crop.side, width), 0))
     inside = slice(rows.start - crop.y0, rows.stop - crop.y0), slice(columns.start - crop.x0, columns.stop - crop.x0)
     result = source_full.copy()
+    if not result[rows, columns].size:
+        return result
     new, old = _resize(animated, crop.side)[inside], source_full[rows, columns]
     result[rows, columns] = np.rint(old + alpha[inside] * (new.astype(np.float32) - old))
     return result

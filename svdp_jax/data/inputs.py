@@ -60,11 +60,13 @@ def prepare(
     picture = video.read_image(source)
     info = video.probe(driving)
     if align:  # quickly found, or not
+        if source.with_suffix("") == driving.with_suffix("") and source.with_suffix(".npz").is_file():
+            raise video.MediaError(f"landmarks {source.with_suffix('.npz')}: of {source.name} or of {driving.name}? give the two different names")
         found = faces.find_face(picture, _source_detector(source, landmarker), face=face, name=str(source))
     frames = itertools.islice(video.read_frames(driving), max_frames)
     total = min(filter(None, (info.frames, max_frames)), default=None)
     with tqdm(frames, total=total, unit="frame", desc="faces", delay=2, dynamic_ncols=True) as seen:
-        landmarks = faces.track(iter(seen), detectors.detector_for(driving, landmarker, frames=info.frames), face=driving_face, fps=info.fps, name=str(driving))
+        landmarks = faces.track(iter(seen), detectors.detector_for(driving, landmarker, info), face=driving_face, fps=info.fps, name=str(driving))
     if align:
         driver_crop = faces.driving_crop(landmarks, scale=data.face_scale, within=(info.width, info.height))
         crop = faces.source_crop(found, landmarks, driver_crop)

@@ -225,6 +225,8 @@ def _detector(job: _Job, info: video.VideoInfo, rate: Fraction) -> detectors.Det
         owners = [path.name for path in job.path.parent.glob(f"{glob.escape(job.path.stem)}.*") if path.suffix.lower() in video.ENDINGS]
         if len(owners) > 1:
             raise video.MediaError(f"landmarks {beside}: of {' or of '.join(sorted(owners))}? give the videos different names")
+        if not info.even:
+            raise video.MediaError(detectors.UNEVEN.format(job.path, beside.name))
         landmarks = detectors.read_landmarks(beside, frames=info.frames)
         if landmarks.shape[1] != job.points:
             raise video.MediaError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import pathlib
+import signal
 from typing import Any, Literal, NamedTuple
 
 import cv2
@@ -16,10 +17,12 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from tqdm import tqdm
 
+from svdp_jax import cli
 from svdp_jax.config import ConfigError
 from svdp_jax.data import augment, clips, parts
 from svdp_jax.data.drawing import HAIRSTYLES, STYLES, TRAINED, Identity, Motion, portrait
 from svdp_jax.data.polygons import rasterise
+from svdp_jax.files import MediaError
 
 Split = Literal["train", "validation", "test"]
 
@@ -198,18 +201,17 @@ def main(arguments: list[str] | None = None) -> None:
         for shard in range(shards):
             indices = range(first + shard * count // shards, first + (shard + 1) * count // shards)
             jobs.append(_Shard(flags.output, split, shard, shards, indices, how))
-    try:
+    with cli.messages(ConfigError, MediaError), cli.interrupted("the same command goes on"):
         parts.settle(flags.output / "synthetic.json", {name: getattr(flags, name) for name in (*limits, "same_person")})
         missing = [job for job in jobs if not clips.shard_path(job.directory, split=job.split, shard=job.shard, shards=job.shards).exists()]
         total = flags.pairs + flags.validation_pairs
         done = total - sum(len(job.indices) for job in missing)
-        with multiprocessing.get_context("spawn").Pool() as pool, tqdm(total=total, initial=done, unit="pair") as bar:
+        deaf = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # Ctrl-C is the parent's to answer
+        with multiprocessing.get_context("spawn").Pool(**deaf) as pool, tqdm(total=total, initial=done, unit="pair") as bar:
             for count in pool.imap_unordered(_write_shard, missing):
                 bar.update(count)
         lengths = clips.finish(flags.output)
-    except ConfigError as error:
-        raise SystemExit(f"error: {error}") from None
-    print(f"{flags.output}: " + ", ".join(f"{count} {split} pairs" for split, count in lengths.items()))
+        print(f"{flags.output}: " + ", ".join(f"{count} {split} pairs" for split, count in lengths.items()))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import NamedTuple, TypeVar
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type as SideData
 from jaxtyping import Float32, UInt8
 
 from svdp_jax.data import stills, streams
@@ -41,6 +42,7 @@ class VideoInfo(NamedTuple):
     fps: Fraction  # exact, such as 30000/1001; the average where frames are not evenly spaced
     frames: int | None  # that `read_frames` gives; None where the file does not say when its frames are shown
     has_audio: bool
+    even: bool = True  # constant frame rate; else frames are left out and repeated, and what is known of each frame of the file has no place
 
 
 def probe(path: str | os.PathLike) -> VideoInfo:
@@ -52,7 +54,7 @@ def probe(path: str | os.PathLike) -> VideoInfo:
     if first is None:
         raise MediaError(f"{path}: no frame can be decoded; re-encode it, e.g. to H.264 in an mp4 file")
     height, width, _ = first.shape
-    return VideoInfo(width, height, timing.fps, timing.frames if timing.timed else None, timing.has_audio)
+    return VideoInfo(width, height, timing.fps, timing.frames if timing.timed else None, timing.has_audio, timing.even)
 
 
 def read_frames(path: str | os.PathLike) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
@@ -166,7 +168,18 @@ def _tolerant_decode(container: av.container.InputContainer) -> Iterator[av.Vide
 
 
 def _as_shown(frame: av.VideoFrame, shape: Fraction) -> np.ndarray:
-    """Pixels made square, and upright: a phone held upright stores pictures that lie on their side, and an angle."""
+    """Pixels made square, and upright: a phone held upright stores pictures that lie on their side, and an angle; one that films its owner may say that they are mirrored."""
     width, height = round(frame.width * max(shape, 1)), round(frame.height / min(shape, 1))
     pixels = frame.to_ndarray(format="rgb24", width=width, height=height, **CONVERSION)
-    return np.ascontiguousarray(np.rot90(pixels, k=round(frame.rotation / 90)))
+    turns = round(frame.rotation / 90)
+    pixels = np.rot90(pixels, k=turns)
+    return np.ascontiguousarray(np.flip(pixels, axis=turns % 2) if _mirrored(frame) else pixels)
+
+
+def _mirrored(frame: av.VideoFrame) -> bool:
+    """Whether its display matrix turns the picture over: the angle is then that of its horizontal axis alone."""
+    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    if matrix is None:
+        return False
+    a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).astype(np.int64)
+    return bool(a * d - b * c < 0)

@@ -79,7 +79,7 @@ def measure(pair: compare.Pair, metrics: dict[str, learned.Metric], flags: argpa
     """The figures of one video, by name, and of each learned metric what it counted. MediaError where it cannot be measured."""
     uses = {use for metric in metrics.values() for use in metric.uses}
     known = lambda path: flags.landmarker or path.with_suffix(".npz").is_file()
-    look = lambda path, wanted: detectors.detector_for(path, flags.landmarker, frames=video.probe(path).frames) if wanted else None
+    look = lambda path, wanted: detectors.detector_for(path, flags.landmarker, video.probe(path)) if wanted else None
     parts = flags.protocol == "self" and bool(known(pair.reference))
     looks = look(pair.generated, "landmarks" in uses), look(pair.reference, parts or "landmarks" in uses)
     if "landmarks" in uses:  # both faces are found by the same means, or a network would see two crops of equal frames

@@ -216,14 +216,15 @@ class LinearAutoencoder(nn.Module):
         """Latents of frames. `noise` is there for the interface: this code has no variance, so a sample is the mode."""
         del noise
         _check_size(self.config, frames.shape)
-        z = (patches(frames.astype(jnp.float32), self.config.patch) - self.mean) @ self.components
+        z = jnp.matmul(patches(frames.astype(jnp.float32), self.config.patch) - self.mean, self.components, precision="highest")
         return (z - self.config.shift) * self.config.scale
 
     def decode(self, latents: Float[Array, "*lead h w C"]) -> Float[Array, "*lead H W 3"]:
         """Frames of latents, not clipped."""
         z = latents.astype(jnp.float32) / self.config.scale + self.config.shift
         p = self.config.patch
-        return rearrange(z @ self.components.T + self.mean, "... h w (p q c) -> ... (h p) (w q) c", p=p, q=p)
+        pixels = jnp.matmul(z, self.components.T, precision="highest") + self.mean
+        return rearrange(pixels, "... h w (p q c) -> ... (h p) (w q) c", p=p, q=p)
 
 
 def fit_linear(config: AutoencoderConfig, frames: UInt8[np.ndarray, "N H W 3"]) -> dict[str, Any]:

@@ -34,8 +34,8 @@ class Flops(NamedTuple):
 
 def train_step(config: Config, *, with_history: bool) -> Flops:
     """A step of the whole batch: forward and backward. Dropped signals are masked, not left out, so that they cost as the others do."""
-    level, history = (HISTORY, config.data.history) if with_history else (DRIVING, 0)  # which is zeroed instead of left out where it is part of the program alone
-    return forward(config.model, frames=config.data.frames, history=history, tokens=config.grid**2, level=level) * (3 * config.train.batch)
+    level = HISTORY if with_history else DRIVING
+    return forward(config.model, frames=config.data.frames, history=config.data.history, tokens=config.grid**2, level=level) * (3 * config.train.batch)
 
 
 def forward(model: ModelConfig, *, frames: int, history: int, tokens: int, level: int, remembered: bool = False) -> Flops:

@@ -57,6 +57,7 @@ def dense(features: int | tuple[int, ...], names: tuple[str, ...], *, dtype: str
         features,
         axis=tuple(range(-contract, 0)),
         dtype=dtype,
+        precision="highest" if dtype == "float32" else None,  # which accelerators would else round to bfloat16 or TF32
         kernel_init=nn.with_logical_partitioning(start, names),
         bias_init=nn.with_logical_partitioning(bias, names[contract:]),
         name=name,
