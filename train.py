@@ -163,7 +163,7 @@ def new_frozen(config: Config) -> Frozen:
     if config.autoencoder.kind == "linear":
         records = clips.open_clips(config.data.path, split="train")
         chosen = np.random.default_rng(config.train.seed).choice(len(records), min(len(records), 64), replace=False)
-        autoencoder = fit_linear(config.autoencoder, np.concatenate([loader.whole_clip(clip, config.data)[2][::4] for clip in records.readable(chosen)]))
+        autoencoder = fit_linear(config.autoencoder, np.concatenate([loader.whole_clip(clip, config.data)[2][::4] for clip in records.readable(chosen.tolist())]))
     else:
         warnings.warn("autoencoder and prompt are random, too: --train.init-from DIR starts from converted or trained weights", stacklevel=1)
         empty = np.zeros((1, config.data.size, config.data.size, 3), np.float32)

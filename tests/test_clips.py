@@ -60,6 +60,22 @@ def test_round_trip(dataset):
     assert [clip.id for clip in clips.open_clips(dataset, split="validation")] == ["clip-7"]
 
 
+def test_what_can_be_read_is_read(dataset, monkeypatch):
+    source, read = clips.open_clips(dataset, split="train"), clips.Clips.__getitem__
+    broken = {0, 2}
+
+    def item(self, number):
+        if number in broken:
+            raise video.MediaError(f"record {number} is damaged")
+        return read(self, number)
+
+    monkeypatch.setattr(clips.Clips, "__getitem__", item)
+    assert next(source.readable()).id == read(source, 1).id
+    assert [clip.id for clip in source.readable([2, 3, 0])] == [read(source, 3).id]
+    with pytest.raises(video.MediaError, match="no clip can be read; the last: record 2 is damaged"):
+        next(source.readable([0, 2]))
+
+
 def test_records_are_nearly_lossless(dataset):
     read = clips.open_clips(dataset, split="train")[0]
     for name in ("target", "driver"):

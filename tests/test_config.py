@@ -71,6 +71,8 @@ def test_the_second_stage_begins_at_its_step_if_there_is_history():
     train = c.TrainConfig(history_from_step=5)
     assert [c.Config(train=train).has_history(step) for step in (0, 4, 5, 6)] == [False, False, True, True]
     assert not any(c.Config(train=train, data=c.DataConfig(history=0)).has_history(step) for step in (0, 4, 5, 6))
+    assert [c.Config(train=train).as_trained(steps).data.history for steps in (1, 5, 6)] == [0, 0, 3], "weights that have seen no history are sampled without"
+    assert c.Config(train=train, model=c.ModelConfig(dropped="zero")).as_trained(1).data.history == 3
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)

@@ -1,6 +1,7 @@
 """What a run writes of itself: means over an interval, what a device does not tell left out, and nothing twice after a crash."""
 
 import json
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +39,15 @@ def test_a_record_is_the_mean_of_its_steps(tmp_path, capsys):
     (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert said.startswith("step 2: loss 2.0000, grad 1.00, ") and "TFLOP/s per device" in said
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_what_is_done_in_a_pause_is_no_steps_time(tmp_path):
+    log = begin(tmp_path, every=1)
+    with log.paused():
+        time.sleep(0.5)
+    log.add(1, metrics(1.0), work=1.0)
+    log.close()
+    assert lines(tmp_path)[0]["seconds"] < 0.4
 
 
 def test_steps_that_were_skipped_do_not_count(tmp_path):

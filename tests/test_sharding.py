@@ -185,6 +185,22 @@ def test_gpus_of_several_hosts_in_one_slice_are_one_group():
     assert [device.id for device in grid.flat] == list(range(8))
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (MeshConfig(context=2), "mesh.context=2: mesh.strategy=dp shares nothing over it; fsdp_context, fsdp_context_tensor do, or use mesh.data"),
+        (MeshConfig(fsdp=2), "mesh.fsdp=2: mesh.strategy=dp shares nothing over it; fsdp, fsdp_tensor, fsdp_context, fsdp_context_tensor do"),
+        (MeshConfig(tensor=2, strategy="fsdp"), "mesh.tensor=2: mesh.strategy=fsdp shares nothing over it"),
+    ],
+)
+def test_an_axis_over_which_devices_would_do_the_same_is_an_error(config, said, monkeypatch):
+    sizes = (1, config.fsdp, config.context, config.tensor)
+    monkeypatch.setattr(sharding, "make_mesh", lambda *_: AbstractMesh(sizes, sharding.AXES))
+    with pytest.raises(ConfigError, match=said):
+        sharding.make_layout(config)
+    sharding.make_layout(MeshConfig(*sizes, strategy="fsdp_context_tensor"))
+
+
 def test_a_batch_that_does_not_divide_is_an_error():
     with pytest.raises(ConfigError, match=r"train.batch=12 must be a multiple of mesh.data x mesh.fsdp = 8"):
         sharding.check_batch(layout("fsdp"), 12, accumulation=1)

@@ -155,6 +155,23 @@ def test_another_network_does_not_go_on(train, begun):
     assert "model.prediction=velocity (so far: x0)" in error_of(train(begun, "--model.prediction", "velocity")), "though every shape is the same"
 
 
+def test_another_seed_does_not_go_on(train, begun):
+    assert "the run in this workdir has another train.seed, which decides all that is drawn: train.seed=7 (so far: 0)" in error_of(train(begun, "--train.seed", 7))
+
+
+def test_a_checkpoint_is_no_workdir(train, begun, tmp_path):
+    before = sorted(path.name for path in (begun / "frozen").rglob("*"))
+    shutil.copytree(begun, tmp_path / "exported", ignore=shutil.ignore_patterns("checkpoints"))
+    (tmp_path / "exported" / "weights").mkdir()
+    assert "exported holds an exported or converted checkpoint" in error_of(train(tmp_path / "exported"))
+    assert sorted(path.name for path in (tmp_path / "exported" / "frozen").rglob("*")) == before
+
+
+def test_frozen_arrays_that_cannot_be_read_are_one_line(train, begun):
+    shutil.rmtree(begun / "frozen")
+    assert f"{begun / 'frozen'} cannot be read" in error_of(train(begun))
+
+
 def test_other_settings_are_told_and_go_on(train, begun, recwarn):
     status, _, err = train(begun, "--train.learning-rate", "2e-3", "--train.log-every", 1, "--train.stop-at", 5)
     assert status == 0

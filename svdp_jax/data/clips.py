@@ -216,7 +216,7 @@ class Clips:
         problem = found = None
         for number in range(len(self)) if numbers is None else numbers:
             try:
-                found = self[int(number)]
+                found = self[number]
             except video.MediaError as error:
                 problem = error
                 continue
