@@ -87,7 +87,7 @@ def test_the_figures_on_a_page_are_those_that_were_measured(page):
     config = load_config(DEMO / "checkpoint" / "config.json")
     assert record["sampling"] == {"steps": config.sample.steps, "guidance": list(config.sample.guidance), "shift": config.sample.shift}
     assert (record["split"], record["frames"]) == ("test", 81)
-    rows = {"PSNR, whole frames": "psnr", "PSNR, eyes, nose and mouth": "regions", "frame-to-frame change": "change"}
+    rows = {"PSNR, whole frames": "psnr", "PSNR, eyes, nose and mouth": "regions", "frame-to-frame change": "change", "the same where windows meet": "seams"}
     rows |= {"mouth opening": "mouth", "head position": "head", "gaze": "gaze", "error of the tenth window": "drift"}
     text = (ROOT / page).read_text()
     for title, figure in rows.items():

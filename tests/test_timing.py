@@ -52,7 +52,7 @@ def test_an_animated_image_keeps_its_times(tmp_path, name):
     first.save(tmp_path / name, save_all=True, append_images=rest, duration=[40, 120, 40, 40, 40])
     with pytest.warns(UserWarning, match="its 5 frames are not evenly spaced; resampled to their average rate, 16.667 fps"):
         assert numbers(video.read_frames(tmp_path / name)) == [0, 1, 1, 2, 4]  # shown at 0, 60, 120, 180 and 240 ms
-    assert video.probe(tmp_path / name) == video.VideoInfo(96, 64, Fraction(50, 3), 5, False)
+    assert video.probe(tmp_path / name) == video.VideoInfo(96, 64, Fraction(50, 3), 5, False, even=False)
 
 
 def test_a_gif_in_no_hurry_is_as_fast_as_in_a_browser(tmp_path, strict):

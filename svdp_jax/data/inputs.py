@@ -60,7 +60,7 @@ def prepare(
     picture = video.read_image(source)
     info = video.probe(driving)
     if align:  # quickly found, or not
-        if source.with_suffix("") == driving.with_suffix("") and source.with_suffix(".npz").is_file():
+        if source != driving and source.with_suffix("") == driving.with_suffix("") and source.with_suffix(".npz").is_file():
             raise video.MediaError(f"landmarks {source.with_suffix('.npz')}: of {source.name} or of {driving.name}? give the two different names")
         found = faces.find_face(picture, _source_detector(source, landmarker), face=face, name=str(source))
     frames = itertools.islice(video.read_frames(driving), max_frames)
