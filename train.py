@@ -56,7 +56,8 @@ def main(config: Config, workdir: files.Place, cluster: processes.Cluster) -> No
     if start:
         run = steps.restore_run(checkpoints)
         tell_changes(config, run.config)
-        config = dataclasses.replace(config, train=(train := dataclasses.replace(train, init_from=run.config["train"]["init_from"])))  # which it began from
+        train = dataclasses.replace(train, init_from=run.config["train"]["init_from"])  # what it began from
+        config = dataclasses.replace(config, train=train)
     rows = layout.rows(train.batch)
     batches = loader.batches(config.data, split="train", seed=train.seed, batch=train.batch, start_sample=run.samples, rows=rows)
     source, *frames = loader.whole_clip(next(clips.open_clips(config.data.path, split="validation").readable()), config.data)

@@ -10,10 +10,12 @@ gs://BUCKET/... (`files.place`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -76,10 +78,19 @@ def save_frozen(directory: files.Place, frozen: Frozen) -> None:
 
 def load_frozen(directory: files.Place) -> Frozen:
     """What `save_frozen` wrote. ConfigError where it cannot be read."""
-    try:
+    with _reading(str(directory / FROZEN)):
         return Frozen(**load_tree(directory / FROZEN))
+
+
+@contextlib.contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """What goes wrong inside becomes a ConfigError: orbax has a different one for each missing file."""
+    try:
+        yield
+    except ConfigError:
+        raise
     except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{directory / FROZEN} cannot be read: {files.first_line(error)}") from error
+        raise ConfigError(f"{what} cannot be read: {files.first_line(error)}") from error
 
 
 def absolute(path: files.Place) -> files.Place:
@@ -128,16 +139,10 @@ def load_stored(directory: str | os.PathLike, like: Any = None, weights: files.P
     """As `load_weights`; numpy arrays in the types that the checkpoint stores."""
     config, latest = find_weights(directory)
     weights = weights or latest
-    try:
+    with _reading(f"checkpoint {directory}"):
         if problem := misfit(abstract_params(config), stored(weights)):
             raise ConfigError(f"checkpoint {directory} does not fit its {CONFIG}: {problem}")
-        params = load_tree(weights, like)
-        frozen = load_frozen(files.place(directory))
-    except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:  # orbax has a different one for each missing file
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"checkpoint {directory} cannot be read: {files.first_line(error)}") from error
-    return config, params, frozen
+        return config, load_tree(weights, like), load_frozen(files.place(directory))
 
 
 def load_initial(directory: str | os.PathLike, config: Config, like: Any = None) -> tuple[Any, Frozen]:

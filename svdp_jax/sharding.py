@@ -199,10 +199,10 @@ def _axes(rule: Rule) -> tuple[str, ...]:
 def make_layout(config: MeshConfig, devices: list[jax.Device] | None = None) -> Layout:
     """The mesh of a config, with its strategy. ConfigError if its sizes do not make up the number of devices, or an axis has several that would do the same."""
     layout = Layout(make_mesh(config, devices), config.strategy)
-    used = {axis for name, rule in STRATEGIES[config.strategy].items() if name != "batch" for axis in _axes(rule)}
+    shares = {strategy: {axis for name, rule in table.items() if name != "batch" for axis in _axes(rule)} for strategy, table in STRATEGIES.items()}
     for axis in AXES[1:]:
-        if layout.mesh.shape[axis] > 1 and axis not in used:
-            knowing = ", ".join(name for name, table in STRATEGIES.items() if axis in {one for rule in table.values() if rule != BATCH for one in _axes(rule)})
+        if layout.mesh.shape[axis] > 1 and axis not in shares[config.strategy]:
+            knowing = ", ".join(strategy for strategy, axes in shares.items() if axis in axes)
             raise ConfigError(f"mesh.{axis}={layout.mesh.shape[axis]}: mesh.strategy={config.strategy} shares nothing over it; {knowing} do, or use mesh.data")
     return layout
 

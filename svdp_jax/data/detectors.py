@@ -36,22 +36,28 @@ _STDERR = threading.Lock()
 CASCADE_SIZE = 300  # pixels, longest side of the picture in which the cascade looks
 
 
+def chosen(landmarker: str | os.PathLike | None) -> pathlib.Path | None:
+    """The landmarker that is given, or else the environment's SVDP_FACE_LANDMARKER."""
+    given = os.fspath(landmarker or os.environ.get("SVDP_FACE_LANDMARKER") or "")
+    return pathlib.Path(given) if given else None
+
+
 def landmarker_for_any(landmarker: str | os.PathLike | None) -> str | None:
     """The landmarker that is given, or else the environment's, if it can serve any number of videos; None without one. MediaError for a .npz,
     which holds the landmarks of one video."""
-    given = os.fspath(landmarker or os.environ.get("SVDP_FACE_LANDMARKER") or "")
-    if pathlib.Path(given).suffix == ".npz":
+    given = chosen(landmarker)
+    if given and given.suffix == ".npz":
         raise MediaError(f"landmarker {given}: holds the landmarks of one video; put it beside that, under its name, and give face_landmarker.task")
-    return given or None
+    return os.fspath(given) if given else None
 
 
 def make_detector(landmarker: str | os.PathLike | None, *, frames: int | None = None) -> Detector:
     """The detector for `landmarker`, or else for the environment's SVDP_FACE_LANDMARKER: a .task file (MediaPipe), a .npz file
     (landmarks of each frame in turn, of a video of so many `frames`); without either, the cascade."""
-    landmarker = landmarker or os.environ.get("SVDP_FACE_LANDMARKER")
+    landmarker = chosen(landmarker)
     if not landmarker:
         return cascade_detector()
-    match pathlib.Path(landmarker).suffix:
+    match landmarker.suffix:
         case ".task":
             return mediapipe_detector(landmarker)
         case ".npz":
@@ -63,8 +69,8 @@ def detector_for(path: pathlib.Path, landmarker: str | os.PathLike | None, info:
     """The detector for the frames of a file: landmarks in a .npz beside it where there is one, else that of `make_detector`. `info`: of a video.
     MediaError where its frames have no even rate, of which landmarks say nothing."""
     beside = path.with_suffix(".npz")
-    given = beside if beside.is_file() else landmarker
-    if info and not info.even and pathlib.Path(given or os.environ.get("SVDP_FACE_LANDMARKER") or "").suffix == ".npz":
+    given = beside if beside.is_file() else chosen(landmarker)
+    if info and not info.even and given and given.suffix == ".npz":
         raise MediaError(UNEVEN.format(path, given))
     return make_detector(given, frames=info.frames if info else None)
 

@@ -8,7 +8,6 @@ A driving video is read twice, first for its landmarks and then frame by frame, 
 from __future__ import annotations
 
 import itertools
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -115,7 +114,7 @@ def middle_square(width: int, height: int) -> faces.Crop:
 
 def _source_detector(path: pathlib.Path, landmarker: pathlib.Path | None) -> detectors.Detector:
     """Landmarks that are given in a .npz are the driver's."""
-    given, beside = pathlib.Path(landmarker or os.environ.get("SVDP_FACE_LANDMARKER") or ""), path.with_suffix(".npz")
-    if given.suffix == ".npz" and not beside.is_file():
+    given, beside = detectors.chosen(landmarker), path.with_suffix(".npz")
+    if given and given.suffix == ".npz" and not beside.is_file():
         raise video.MediaError(f"landmarker {given}: holds the driver's landmarks; {path} needs its own, in {beside.name} beside it")
     return detectors.detector_for(path, landmarker)

@@ -78,12 +78,11 @@ def main() -> None:
 def measure(pair: compare.Pair, metrics: dict[str, learned.Metric], flags: argparse.Namespace) -> dict[str, Any]:
     """The figures of one video, by name, and of each learned metric what it counted. MediaError where it cannot be measured."""
     uses = {use for metric in metrics.values() for use in metric.uses}
-    known = lambda path: flags.landmarker or path.with_suffix(".npz").is_file()
-    look = lambda path, wanted: detectors.detector_for(path, flags.landmarker, video.probe(path)) if wanted else None
-    parts = flags.protocol == "self" and bool(known(pair.reference))
-    looks = look(pair.generated, "landmarks" in uses), look(pair.reference, parts or "landmarks" in uses)
+    parts = flags.protocol == "self" and bool(flags.landmarker or pair.reference.with_suffix(".npz").is_file())
     if "landmarks" in uses:  # both faces are found by the same means, or a network would see two crops of equal frames
         looks = (detectors.make_detector(flags.landmarker),) * 2
+    else:
+        looks = None, detectors.detector_for(pair.reference, flags.landmarker, video.probe(pair.reference)) if parts else None
     clip = learned.Clip(video.probe(pair.generated).fps, audio=video.read_audio(pair.generated, learned.AUDIO_RATE) if "audio" in uses else None)
     if "csim" in metrics and flags.protocol == "cross":
         picture = video.read_image(source_of(pair, flags.sources))
