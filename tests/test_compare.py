@@ -9,7 +9,7 @@ import cv2
 import imageio.v3 as iio
 import numpy as np
 import pytest
-from skimage.metrics import peak_signal_noise_ratio
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from svdp_jax.config import ConfigError
 from svdp_jax.data import synthetic, video
@@ -52,12 +52,16 @@ def test_errors_by_hand():
     assert metrics.temporal_error(output + np.uint8(7), truth) == pytest.approx(0.2), "what does not change is no temporal error"
 
 
-def test_ssim_is_one_for_the_same_and_falls_with_noise():
+def test_ssim_is_that_of_scikit_image():
+    clip = synthetic.pair("test", 0, frames=3, size=64).target
     rng = np.random.default_rng(0)
-    frames = rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
-    noisy = np.clip(frames + rng.normal(0, 20, frames.shape), 0, 255).astype(np.uint8)
-    np.testing.assert_allclose(metrics.ssim(frames, frames), 1)
-    assert (metrics.ssim(noisy, frames) < 0.98).all()
+    noise = np.clip(clip + rng.normal(0, 20, clip.shape), 0, 255).astype(np.uint8)
+    for output in noise, np.roll(clip, 3, axis=2), np.zeros_like(clip), np.full_like(clip, 255):  # at 255, nothing varies but by rounding
+        published = [structural_similarity(*frames, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False) for frames in zip(output, clip, strict=True)]
+        np.testing.assert_allclose(metrics.ssim(output, clip), published, atol=1e-5)
+    np.testing.assert_allclose(metrics.ssim(clip, clip), 1)
+    with pytest.raises(ValueError, match="frames are 10x64"):
+        metrics.ssim(clip[:, :, :10], clip[:, :, :10])
 
 
 def test_frechet_distance_of_normal_distributions_is_the_formulas():

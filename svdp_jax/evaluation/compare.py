@@ -132,14 +132,16 @@ class Errors:
         self.frames: dict[str, list[float]] = {"l1": [], "psnr": [], "ssim": []}
         self.of_windows: dict[str, list[float]] = {"l1": [], "psnr": []}
         self.changes = [0.0, 0]  # sum of temporal errors, pairs of frames
-        self.parts = {name: np.zeros(3) for name in (*PARTS, "rest")} if parts else {}  # sums of absolute and of squared errors, values
+        self.parts = {name: np.zeros(3) for name in (*PARTS, "rest")} if parts else {}  # sums of absolute and of squared errors, pixels
         self.last: tuple[np.ndarray, np.ndarray] | None = None  # frames
         self.without_face = 0
 
     def add(self, window: Window) -> None:
         """The next frames of the pair."""
         output, truth = window.generated, window.reference
-        found = {"l1": metrics.l1(output, truth), "psnr": np.minimum(metrics.psnr(output, truth), EXACT), "ssim": metrics.ssim(output, truth)}
+        error = metrics.error(output, truth)
+        absolute, squared = error.mean(-1), np.square(error).mean(-1)  # of pixels
+        found = {"l1": absolute.mean((1, 2)), "psnr": np.minimum(metrics.decibels(squared.mean((1, 2))), EXACT), "ssim": metrics.ssim(output, truth)}
         for name, values in found.items():
             self.frames[name] += values.tolist()
             if name in self.of_windows:
@@ -153,14 +155,10 @@ class Errors:
         seen = [number for number, face in enumerate(window.faces) if face is not None]
         self.without_face += len(output) - len(seen)
         if seen:
-            self._add_parts(output[seen], truth[seen], faces.regions(np.stack([window.faces[number] for number in seen]), margin=MARGIN))
-
-    def _add_parts(self, output: UInt8[np.ndarray, "N H W 3"], truth: UInt8[np.ndarray, "N H W 3"], boxes: Float32[np.ndarray, "N 4 4"]) -> None:
-        error = metrics.error(output, truth)
-        inside = {name: faces.inside(truth, boxes[:, places]) for name, places in PARTS.items()}
-        for name, where in (inside | {"rest": ~np.any(list(inside.values()), axis=0)}).items():
-            values = error[where]
-            self.parts[name] += [values.sum(dtype=np.float64), np.square(values).sum(dtype=np.float64), values.size]
+            boxes = faces.regions(np.stack([window.faces[number] for number in seen]), margin=MARGIN)
+            inside = {name: faces.inside(truth[seen], boxes[:, places]) for name, places in PARTS.items()}
+            for name, where in (inside | {"rest": ~np.any(list(inside.values()), axis=0)}).items():
+                self.parts[name] += [*(values[seen].sum(where=where, dtype=np.float64) for values in (absolute, squared)), where.sum()]
 
     def figures(self) -> dict[str, Any]:
         """By name; lists are of windows. Parts are there where a face was found."""
