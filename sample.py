@@ -10,6 +10,7 @@ Writes {source}--{driving}.mp4 with the driver's frame rate, frame count and sou
 """
 
 import concurrent.futures
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -34,7 +35,7 @@ from tqdm import tqdm
 import svdp_jax
 from svdp_jax import checkpoint, cli, files, pipeline, rendering, sharding
 from svdp_jax.config import Config, ConfigError, MeshConfig
-from svdp_jax.data import faces, inputs, video
+from svdp_jax.data import detectors, faces, inputs, video
 from svdp_jax.stopwatch import Stopwatch
 from svdp_jax.types import Frozen
 
@@ -127,21 +128,27 @@ def main(flags: Flags) -> None:
         places = [sharding.make_layout(MeshConfig(data=1, context=count, strategy="fsdp_context"))]
     else:
         places = jax.local_devices()[: len(jobs)]
-    models = [functools.cache(functools.partial(load, flags, config, weights, place)) for place in places]
+    models = {place: functools.cache(functools.partial(load, flags, config, weights, place)) for place in places}
     if flags.jobs is None:
-        print(render(jobs[0], flags, config, models[0], provenance))
+        print(render(jobs[0], flags, config, models[places[0]], provenance))
     else:
         render_all(jobs, flags, config, models, provenance)
 
 
-def render_all(jobs: list[Job], flags: Flags, config: Config, models: list[Callable[[], Model]], provenance: Callable[[], str]) -> None:
-    """All jobs, as many at a time as there are models. Exits with status 1, naming them, where some have failed."""
+def render_all(
+    jobs: list[Job], flags: Flags, config: Config, models: dict[sharding.Layout | jax.Device, Callable[[], Model]], provenance: Callable[[], str]
+) -> None:
+    """All jobs, as many at a time as there are places. Exits with status 1, naming them, where some have failed."""
     waiting, failed = queue.SimpleQueue(), []
     for job in jobs:
         waiting.put(job)
     bar = tqdm(total=len(jobs), unit="job", dynamic_ncols=True)
 
-    def work(model: Callable[[], Model]) -> None:
+    def work(place: sharding.Layout | jax.Device) -> None:
+        with contextlib.nullcontext() if isinstance(place, sharding.Layout) else jax.default_device(place):  # or its noise would wait for the first one
+            work_through(models[place])
+
+    def work_through(model: Callable[[], Model]) -> None:
         while True:
             try:
                 job = waiting.get_nowait()
@@ -156,11 +163,11 @@ def render_all(jobs: list[Job], flags: Flags, config: Config, models: list[Calla
 
     with bar:
         if len(models) == 1:
-            work(models[0])
+            work(*models)
         else:
             with concurrent.futures.ThreadPoolExecutor(len(models)) as workers:
                 try:
-                    for done in [workers.submit(work, model) for model in models]:
+                    for done in [workers.submit(work, place) for place in models]:
                         done.result()
                 except KeyboardInterrupt:
                     print("interrupted; finished windows are kept: --resume continues", file=sys.stderr)
@@ -177,9 +184,10 @@ def render(job: Job, flags: Flags, config: Config, model: Callable[[], Model], p
     # ------------------------------------------------------------------------- inputs: all checked before any slow work
     watch = Stopwatch()
     make_writable(job.output, job.name)
-    if flags.resume and (results := finished_results(flags, config, job, provenance)):
-        return "\n".join(f"finished before: {path}" for path in results)
     finished = job.output / f".{job.name}.windows"
+    if flags.resume and (results := finished_results(flags, config, job, provenance)):
+        shutil.rmtree(finished, ignore_errors=True)  # left by a run that was ended behind its last file
+        return "\n".join(f"finished before: {path}" for path in results)
     kept = rendering.windows_in(finished)
     if kept and not flags.resume:
         raise ConfigError(f"{finished} holds {kept} finished windows of an interrupted rendering; continue it with --resume, or delete it to begin anew")
@@ -243,7 +251,7 @@ def render(job: Job, flags: Flags, config: Config, model: Callable[[], Model], p
         "guidance": config.sample.guidance,
         "windows": {"rendered": windows - kept, "resumed": kept},
         "seconds": watch.seconds,
-        "settings": settings | {"paste_back": flags.paste_back},
+        "settings": settings | written_as(flags),
     }
     written.append(job.output / f"{job.name}.json")
     with files.whole(written[-1]) as partial:
@@ -261,10 +269,15 @@ def finished_results(flags: Flags, config: Config, job: Job, provenance: Callabl
     results = [job.output / f"{job.name}{ending}" for ending in (".mp4", "_concat.mp4")[: 1 + flags.concat]]
     try:
         before = json.loads(record.read_text()).get("settings")
-        now = json.loads(json.dumps(settings_of(flags, config, job, provenance()) | {"paste_back": flags.paste_back}))
+        now = json.loads(json.dumps(settings_of(flags, config, job, provenance()) | written_as(flags)))
     except (OSError, ValueError, AttributeError):
         return []
     return [*results, record] if before == now and all(path.is_file() for path in results) else []
+
+
+def written_as(flags: Flags) -> dict[str, Any]:
+    """What decides how finished frames are written."""
+    return {"paste_back": flags.paste_back}
 
 
 def keep_windows(folder: pathlib.Path, windows: Iterator[pipeline.Window], watch: Stopwatch) -> None:
@@ -318,10 +331,10 @@ def jobs_of(flags: Flags) -> list[Job]:
 
 
 def load(flags: Flags, config: Config, weights: files.Place, place: sharding.Layout | jax.Device) -> Model:
-    """The checkpoint's weights, where they are used."""
+    """The checkpoint's weights, where they are used. The position table, of which little is used, stays with the host."""
     _, params, frozen = checkpoint.load_weights(flags.checkpoint, pipeline.abstract_weights(config, place), weights)
     layout = place if isinstance(place, sharding.Layout) else None
-    return Model(params, jax.device_put(frozen, place.whole if layout else place), layout)
+    return Model(params, frozen._replace(autoencoder=jax.device_put(frozen.autoencoder, layout.whole if layout else place)), layout)
 
 
 def override(config: Config, flags: Flags) -> Config:
@@ -348,7 +361,9 @@ def make_writable(directory: pathlib.Path, name: str) -> None:
 def settings_of(flags: Flags, config: Config, job: Job, provenance: str) -> dict[str, Any]:
     """All that decides the frames: a rendering can be continued with the same settings alone."""
 
-    def digest(path: pathlib.Path) -> str:
+    def digest(path: pathlib.Path | None) -> str | None:
+        if not path or not path.is_file():
+            return None
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
@@ -358,7 +373,9 @@ def settings_of(flags: Flags, config: Config, job: Job, provenance: str) -> dict
         "checkpoint": provenance,
         "source": digest(job.source),
         "driving": digest(job.driving),
-        "landmarker": str(flags.landmarker),
+        "landmarker": digest(detectors.chosen(flags.landmarker)),
+        "source_landmarks": digest(job.source.with_suffix(".npz")),
+        "driving_landmarks": digest(job.driving.with_suffix(".npz")),
         "steps": config.sample.steps,
         "guidance": config.sample.guidance,
     }
@@ -373,9 +390,10 @@ def whole_pictures(frames: Iterator[np.ndarray], prepared: inputs.Inputs, *, pas
 def side_by_side(frames: Iterator[np.ndarray], prepared: inputs.Inputs, *, smallest: int = 256) -> Iterator[np.ndarray]:
     """Source | driver | result, each at least `smallest` pixels wide."""
     side = max(prepared.size, smallest)
+    enlarged = lambda picture: cv2.resize(picture, (side, side), interpolation=cv2.INTER_CUBIC)
+    source = enlarged(prepared.source)
     for driver, frame in zip(inputs.driver_frames(prepared), frames, strict=True):
-        row = (prepared.source, driver, frame)
-        yield np.concatenate([cv2.resize(picture, (side, side), interpolation=cv2.INTER_CUBIC) for picture in row], axis=1)
+        yield np.concatenate([source, enlarged(driver), enlarged(frame)], axis=1)
 
 
 if __name__ == "__main__":

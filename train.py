@@ -1,13 +1,14 @@
 """Train: python train.py --config configs/demo.py --workdir DIR [--train.steps 4 ...]
 
 Any field of the config, typed, by its dotted name. A workdir that holds checkpoints is resumed. It gets `config.json`,
-`frozen/`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `samples/` and, with --train.profile, `profile/`. SIGTERM saves and ends.
+`frozen/`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `samples/` and, with --train.profile, `profile/`. SIGTERM saves and ends, with status 75.
 Several processes: --coordinator HOST:PORT --processes N --process I, where they do not find each other (docs/training.md).
 """
 
 import dataclasses
 import json
 import pathlib
+import sys
 import time
 import warnings
 
@@ -35,7 +36,8 @@ class TrainingError(Exception):
     """Training cannot go on. The message is one line."""
 
 
-def main(config: Config, workdir: files.Place, cluster: processes.Cluster) -> None:
+def main(config: Config, workdir: files.Place, cluster: processes.Cluster) -> int:
+    """Returns the exit status: 0, or `processes.AGAIN` where SIGTERM came before the end."""
     # ----------------------------------------------------------------------------------------------------- mesh and data
     processes.start(cluster)
     if jax.process_count() == 1:  # of several, only the first would find its own, and GPUs share out the tuning of what they compile together
@@ -49,8 +51,12 @@ def main(config: Config, workdir: files.Place, cluster: processes.Cluster) -> No
         warnings.warn(f"history is not trained before train.history_from_step={train.history_from_step}, and train.steps={train.steps} end before", stacklevel=1)
     layout = sharding.make_layout(config.mesh)
     sharding.check_batch(layout, train.batch, accumulation=train.accumulation)
+    sharding.check_frames(layout, config.data.frames)
     checkpoints = steps.manager(workdir, keep=train.keep, keep_every=train.keep_every)
-    start = checkpoints.latest_step() or 0
+    processes.check_shared(workdir)
+    start, end = checkpoints.latest_step() or 0, min(train.steps, train.stop_at or train.steps)
+    if end < start:
+        raise ConfigError(f"the run in {workdir} has {start} steps behind it: train.{'steps' if end == train.steps else 'stop_at'}={end} is before that")
     key_init, key = jax.random.split(jax.random.key(train.seed))
     run = steps.Run(samples=0, key=jax.random.key_data(key).tolist(), pending=[], config=to_dict(config))
     if start:
@@ -82,7 +88,6 @@ def main(config: Config, workdir: files.Place, cluster: processes.Cluster) -> No
 
     # -------------------------------------------------------------------------------------------------------------- loop
     step_of = {stage: train_state.make_step(config, layout, shardings, with_history=stage) for stage in (False, True)}
-    end = min(train.steps, train.stop_at or train.steps)
     journal = Journal(workdir, every=train.log_every, start=start, end=train.steps, pending=run.pending, writer=writer)
     if writer:
         count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -125,7 +130,7 @@ def main(config: Config, workdir: files.Place, cluster: processes.Cluster) -> No
                 steps.save(checkpoints, state, run)
             if done % train.sample_every == 0 or done == train.steps:
                 with journal.paused():
-                    ema = layout.gathered(state.ema, config.model.dtype)
+                    ema = train_state.gathered(config.model, state.ema, layout)
                     if writer:
                         journal.picture(done, pipeline.contact_sheet(config.as_trained(done), ema, frozen, *shown))
                     del ema  # of which a device has no room to spare
@@ -138,6 +143,7 @@ def main(config: Config, workdir: files.Place, cluster: processes.Cluster) -> No
     journal.close()
     if writer:
         print(f"step {done}: {workdir}")
+    return 0 if done == end else processes.AGAIN
 
 
 def tell_changes(config: Config, before: dict) -> None:
@@ -182,11 +188,12 @@ def parse() -> tuple[Config, files.Place, processes.Cluster]:
     given, arguments = parser.parse_known_args()
     if not (given.config and given.workdir) and not {"--help", "-h"} & set(arguments):
         raise ConfigError("train.py needs --config FILE (as configs/demo.py) and --workdir DIR")
-    default = load_config(given.config or "configs/demo.py")
+    default = load_config(given.config) if given.config else Config()
     config = cli.parse(default, arguments, description=__doc__, prog="train.py --config FILE --workdir DIR")
     return config, given.workdir, processes.Cluster(given.coordinator, given.processes, given.process, given.heartbeat)
 
 
 if __name__ == "__main__":
     with processes.together(), cli.messages(ConfigError, files.MediaError, TrainingError):
-        main(*parse())
+        status = main(*parse())
+    sys.exit(status)

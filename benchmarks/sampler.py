@@ -4,8 +4,9 @@
     python benchmarks/sampler.py --size small [--against-pytorch]       a CPU can do this one
 
 Needs jax, flax, optax and einops (and torch, for --against-pytorch). TFLOP are of the model (`models/flops.py`). Components are timed by themselves, on the
-shapes that pass p gives them; "rest" is what the pass takes beyond their sum: norms, modulation, and what XLA does between. Prints
-tables and, last, one line of JSON.
+shapes that pass p gives them; "rest" is what the pass takes beyond their sum: norms, modulation, and what XLA does between. Everything is timed in
+turn, round after round, so that a machine whose speed drifts is as fast for all of it; figures are medians over the rounds. Prints tables and, last,
+one line of JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import functools
 import importlib.metadata
 import json
 import pathlib
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +33,7 @@ from svdp_jax import flow, pipeline, sampler  # noqa: E402
 from svdp_jax.config import Config, load_config  # noqa: E402
 from svdp_jax.models import flops, tokens  # noqa: E402
 from svdp_jax.models.attention import attention  # noqa: E402
+from svdp_jax.models.layers import COMPILER  # noqa: E402
 from svdp_jax.models.tokens import position_table  # noqa: E402
 from svdp_jax.models.transformer import Transformer, abstract_inputs, layer_groups  # noqa: E402
 from svdp_jax.peaks import peak_memory  # noqa: E402
@@ -77,16 +78,15 @@ def make_window(config: Config) -> Window:
     return Window(Transformer(model), params, constants, conditions, z)
 
 
-def seconds_of(function: Callable[[], Any], repeats: int, *, warm: bool = False) -> float:
-    """Median of `repeats` calls, after one that does not count, unless it is `warm`."""
-    if not warm:
-        jax.block_until_ready(function())
-    taken = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        jax.block_until_ready(function())
-        taken.append(time.perf_counter() - begun)
-    return statistics.median(taken)
+def in_turn(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
+    """Seconds of each call in each round, after one that does not count. Calls return arrays of JAX, which are waited for, or what is there already."""
+    seconds = {name: np.zeros(rounds) for name in calls}
+    for number in range(-1, rounds):
+        for name, call in calls.items():
+            begun = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds[name][number] = time.perf_counter() - begun  # the round that does not count is written over by the last
+    return seconds
 
 
 def step_of(window: Window, levels: tuple[int, ...], coefficients: list[float], *, steps: int) -> Callable[[], jax.Array]:
@@ -105,6 +105,8 @@ def components(config: Config) -> dict[str, tuple[Callable, list[tuple[tuple[int
     updated = model.depth - 1 if model.history == "joint" else 0
     heads = lambda groups, length: (1, groups, length, model.heads, model.head_size)
     attend = lambda q, k, v: attention(q, k, v)
+    project = lambda x, into, into_bias, out, out_bias: (x @ into + into_bias)[:, :width] @ out + out_bias
+    square = (width, 3 * width), (3 * width,), (width, width), (width,)
     found = {}
 
     def add(name, function, shapes, times):
@@ -118,43 +120,32 @@ def components(config: Config) -> dict[str, tuple[Callable, list[tuple[tuple[int
     for groups, image, layers in streams:
         add("joint attention", attend, (heads(groups, words + image),) * 3, layers)
         add("dual attention", attend, (heads(groups, image),) * 3, kinds.get("dual", 0) * bool(layers))
-        mlp = lambda x, wide, narrow: jax.nn.gelu(x @ wide) @ narrow
-        add("MLP", mlp, ((groups * (words + image), width), (width, hidden), (hidden, width)), layers)
-        project = lambda x, into, out: (x @ into)[:, :width] @ out
-        square = ((width, 3 * width), (width, width))
+        mlp = lambda x, wide, wide_bias, narrow, narrow_bias: jax.nn.gelu(x @ wide + wide_bias) @ narrow + narrow_bias
+        add("MLP", mlp, ((groups * (words + image), width), (width, hidden), (hidden,), (hidden, width), (width,)), layers)
         add("projections", project, ((groups * (words + image), width), *square), layers)
         add("projections", project, ((groups * image, width), *square), kinds.get("dual", 0) * bool(layers))
-    add("projections", lambda x, into, out: (x @ into)[:, :width] @ out, (((frames + past) * count, width), (width, 3 * width), (width, width)), model.depth)
+    add("projections", project, (((frames + past) * count, width), *square), model.depth)
     return found
 
 
-def time_components(config: Config, repeats: int) -> dict[str, float]:
-    """Seconds of each in pass p."""
+def component_calls(config: Config) -> dict[str, Callable[[], Any]]:
+    """What runs each of `components` as often as pass p does; a name has a number behind it, one for each shape."""
     drawn = lambda shape: jax.random.normal(jax.random.key(0), shape, jnp.dtype(config.model.dtype))
-    seconds = {}
+    calls = {}
     for name, parts in components(config).items():
-        for function, shapes, times in parts:
-            arguments = [drawn(shape) for shape in shapes]
+        for number, (function, shapes, times) in enumerate(parts):
 
-            @jax.jit
+            @functools.partial(jax.jit, compiler_options=COMPILER)
             def in_a_row(first, *others, function=function, times=times):  # each waits for the one before, as layers do
                 again = lambda _, x: first + 0 * function(x, *others).ravel()[0]
                 return jax.lax.fori_loop(0, times, again, first)
 
-            seconds[name] = seconds.get(name, 0) + seconds_of(lambda run=in_a_row, given=arguments: run(*given), repeats)
-    return seconds
+            calls[f"{name} {number}"] = functools.partial(in_a_row, *map(drawn, shapes))
+    return calls
 
 
-def matrix_peak(dtype: str, side: int, repeats: int) -> float:
-    """TFLOP/s of one large product."""
-    a = jax.random.normal(jax.random.key(0), (side, side), jnp.dtype(dtype))
-    product = jax.jit(jnp.matmul)
-    return 2 * side**3 / seconds_of(lambda: product(a, a), repeats) / 1e12
-
-
-def against_pytorch(window: Window, levels: tuple[int, ...], coefficients: list[float], ours: Callable[[], jax.Array], flags: argparse.Namespace) -> dict[str, Any]:
-    """A step in PyTorch and `ours`, in turn, on the same device with the same weights: seconds, how often ours is done meanwhile (median, and the
-    quarters of all turns), and the relative L2 distance between what the two did to z."""
+def pytorch_calls(window: Window, levels: tuple[int, ...], coefficients: list[float], side: int, flags: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """A step, and one large product, in PyTorch, on the same device with the same weights."""
     import pytorch_reference as reference
     import torch
 
@@ -165,24 +156,21 @@ def against_pytorch(window: Window, levels: tuple[int, ...], coefficients: list[
     signals = [tokens.at_level(window.conditions, level, dropped="omit") for level in levels]
     passes = [reference.Inputs(*map(tensor, one[:3])) for one in signals]
     run = network.__call__ if flags.eager else torch.compile(network.__call__)
-    z = tensor(window.z)
+    z, square = tensor(window.z), torch.randn(side, side, device=device, dtype=dtype)
     t, t_next = flow.noise_levels(1, shift=3.0).tolist()
 
-    def theirs():
-        with torch.inference_mode():
-            result = reference.step(run, z, t, t_next, passes, coefficients, prediction="velocity")
-            if device == "cuda":
-                torch.cuda.synchronize()
-        return result
+    def done(function):
+        def call():
+            with torch.inference_mode():
+                result = function()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+            return result.cpu().float().numpy()
 
-    result, expected, begun = theirs().cpu().numpy(), np.asarray(ours()), np.asarray(window.z)
-    taken = []
-    for _ in range(3 * flags.repeats):
-        taken.append([seconds_of(step, 1, warm=True) for step in (theirs, ours)])
-    seconds = np.array(taken)
-    quarters = np.quantile(seconds[:, 0] / seconds[:, 1], [0.25, 0.5, 0.75]).tolist()
-    apart = float(np.linalg.norm(result - expected) / np.linalg.norm(expected - begun))
-    return {"pytorch_seconds": float(np.median(seconds[:, 0])), "times_as_fast_as_pytorch": quarters[1], "quarters": quarters[::2], "pytorch_apart": apart}
+        return call
+
+    step = lambda: reference.step(run, z, t, t_next, passes, coefficients, prediction="velocity")
+    return {"pytorch step": done(step), "pytorch product": done(lambda: (square @ square)[0, 0])}
 
 
 def main() -> None:
@@ -190,7 +178,7 @@ def main() -> None:
     parser.add_argument("--size", choices=["full", "small"], default="full")
     parser.add_argument("--history", choices=["joint", "cached"], default="joint", help="cached: keys and values of history once per window")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: float32 on a CPU, else bfloat16")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument("--against-pytorch", action="store_true", help="the same step in PyTorch, in turn")
     parser.add_argument("--eager", action="store_true", help="PyTorch without torch.compile")
     flags = parser.parse_args()
@@ -205,23 +193,34 @@ def main() -> None:
 
     step = step_of(window, levels, coefficients, steps=1)
     begun = time.perf_counter()
-    expected = np.asarray(step())
+    result_of_step = np.asarray(step())
     compile_seconds = time.perf_counter() - begun
-    whole = seconds_of(step, flags.repeats)
-    assert np.isfinite(expected).all(), "the result is not finite"
+    assert np.isfinite(result_of_step).all(), "the result is not finite"
+    side = 1024 if on_cpu else 8192
+    square = jax.random.normal(jax.random.key(0), (side, side), jnp.dtype(flags.dtype))
     first = sampler.guided_passes(GUIDANCE, with_history=False)
     without = window._replace(conditions=window.conditions._replace(history=None))
-    first_seconds = seconds_of(step_of(without, tuple(first), list(first.values()), steps=1), flags.repeats)
-    by_pass = {PASSES[level]: seconds_of(step_of(window, (level,), [1.0], steps=1), flags.repeats) for level in levels}
-    by_component = time_components(config, flags.repeats)
+    theirs = pytorch_calls(window, levels, coefficients, side, flags) if flags.against_pytorch else {}
+    calls = theirs | {
+        "step": step,
+        "product": functools.partial(jax.jit(jnp.matmul), square, square),
+        "first": step_of(without, tuple(first), list(first.values()), steps=1),
+        **{PASSES[level]: step_of(window, (level,), [1.0], steps=1) for level in levels},
+        **component_calls(config),
+    }
+    seconds = in_turn(calls, flags.repeats)
+    typical = {name: float(np.median(taken)) for name, taken in seconds.items()}
+    whole, by_pass = typical["step"], {PASSES[level]: typical[PASSES[level]] for level in levels}
+    by_component = {part: sum(taken for name, taken in typical.items() if name.rpartition(" ")[0] == part) for part in components(config)}
     by_component["rest"] = by_pass["p"] - sum(by_component.values())
 
     shape = {"frames": config.data.frames, "tokens": config.grid**2}
     work = {PASSES[level]: flops.forward(config.model, **shape, history=config.data.history, level=level, remembered=flags.history == "cached").total / 1e12 for level in levels}
-    peak = matrix_peak(flags.dtype, 1024 if on_cpu else 8192, flags.repeats)
+    product = 2 * side**3 / 1e12
+    peak = product / typical["product"]
     result = {
         "seconds_per_step": whole,
-        "seconds_per_step_first_window": first_seconds,
+        "seconds_per_step_first_window": typical["first"],
         "seconds_by_pass": by_pass,
         "seconds_by_component": by_component,
         "tflop_by_pass": work,
@@ -232,8 +231,15 @@ def main() -> None:
         "compile_seconds": compile_seconds,
     }
     if flags.against_pytorch:
-        compared = against_pytorch(window, levels, coefficients, step, flags)
-        result |= compared
+        low, ratio, high = np.quantile(seconds["pytorch step"] / seconds["step"], [0.25, 0.5, 0.75]).tolist()
+        there, begun_at = theirs["pytorch step"](), np.asarray(window.z)
+        result |= {
+            "pytorch_seconds": typical["pytorch step"],
+            "times_as_fast_as_pytorch": ratio,
+            "quarters": [low, high],
+            "pytorch_apart": float(np.linalg.norm(there - result_of_step) / np.linalg.norm(result_of_step - begun_at)),
+            "pytorch_matrix_peak_tflops": product / typical["pytorch product"],
+        }
     shape["history_frames"] = config.data.history
     result |= {
         "sizes": {name: getattr(flags, name) for name in ("size", "history", "dtype", "repeats", "eager")} | shape,
@@ -245,8 +251,8 @@ def main() -> None:
     for title, parts in ("pass", by_pass), ("in pass p", by_component):
         print(f"{title:>10}: " + ", ".join(f"{name} {seconds:.4f} s ({seconds / by_pass['p']:.0%})" for name, seconds in parts.items()))
     if flags.against_pytorch:
-        ratio, (low, high) = compared["times_as_fast_as_pytorch"], compared["quarters"]
-        print(f"   PyTorch: {compared['pytorch_seconds']:.3f} s; ours is {ratio:.2f} ({low:.2f} to {high:.2f}) times as fast; apart by {compared['pytorch_apart']:.1e}")
+        print(f"   PyTorch: {result['pytorch_seconds']:.3f} s, a product {result['pytorch_matrix_peak_tflops']:.2f} TFLOP/s; apart by {result['pytorch_apart']:.1e}")
+        print(f"            ours is {ratio:.2f} times as fast (quarters of the rounds: {low:.2f}, {high:.2f})")
     print(json.dumps(result))
 
 

@@ -7,7 +7,6 @@ lacks, are initialised from a seed with closed gates, so that pass u of the conv
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import pathlib
 import shutil
@@ -24,8 +23,8 @@ from jaxtyping import Array, Key
 from tqdm import tqdm
 
 from convert_weights import rules
-from convert_weights.source import ConversionError, Source, config_of, open_source, problems
-from svdp_jax import checkpoint
+from convert_weights.source import ConversionError, Source, config_of, dtype_of, open_source, problems
+from svdp_jax import checkpoint, files
 from svdp_jax.config import Config
 from svdp_jax.train_state import NEW_PARAMETERS, init_params
 from svdp_jax.types import Frozen
@@ -34,34 +33,36 @@ Arrays = dict[tuple[str, ...], jax.Array]
 
 
 def convert(
-    path: pathlib.Path, output: pathlib.Path, *, text_encoders: pathlib.Path | None = None, prompt: str = "", dtype: str = "float32", seed: int = 0
+    path: pathlib.Path, output: pathlib.Path, *, text_encoders: pathlib.Path | None = None, prompt: str = "", dtype: str | None = None, seed: int = 0
 ) -> Config:
-    """Writes the checkpoint `output` and returns its config. `dtype` is the network's; what is never trained stays float32.
+    """Writes the checkpoint `output` and returns its config. `dtype` is the network's (default: `dtype_of` the source); what is never trained stays float32.
 
-    Raises ConversionError, with all that is wrong, before anything is written; whatever happens, `output` is either
+    Raises ConversionError, with all that is wrong, before anything is written, and MediaError where that fails; whatever happens, `output` is either
     complete or not there.
     """
-    if output.exists():
-        raise ConversionError(f"output {output} exists already: give a new directory, or remove it")
+    check_new(output, "directory")
     if not 0 <= seed < 2**32:
         raise ConversionError(f"--seed {seed} must be 0 to 2**32 - 1")
     source = open_source(path)
     config = config_of(source)
     if wrong := problems(source, config):
         raise ConversionError(f"{path} does not fit the architecture of Stable Diffusion 3.5 Medium", wrong)
+    dtype = dtype or dtype_of(source)
     needed = sum(leaf.size * (jnp.dtype(dtype).itemsize if path[0] == "params" else 4) for path, leaf in rules.target(config).items())
     with staged(output, needed) as partial:
         embedding = encode_prompt(config, text_encoders, prompt, source)
         with tqdm(total=len(source.tensors), unit="tensor", dynamic_ncols=True) as bar:
             checkpoint.write_config(partial, config)
             frozen = fill(source, config, "frozen", "float32", bar)
-            checkpoint.save_frozen(partial, Frozen(**{**unflatten_dict(frozen)["frozen"], **embedding}))
+            with files.writing(output, ValueError):
+                checkpoint.save_frozen(partial, Frozen(**{**unflatten_dict(frozen)["frozen"], **embedding}))
             del frozen
             params = fill(source, config, "params", dtype, bar)
             if not source.has_new_parts:
                 params |= new_parameters(config, seed, dtype)
             bar.set_postfix_str("writing")
-            checkpoint.save_tree(partial / checkpoint.WEIGHTS, unflatten_dict(params)["params"])
+            with files.writing(output, ValueError):
+                checkpoint.save_tree(partial / checkpoint.WEIGHTS, unflatten_dict(params)["params"])
     return config
 
 
@@ -109,25 +110,29 @@ def encode_prompt(config: Config, text_encoders: pathlib.Path | None, prompt: st
     return {"text": np.zeros((model.text_tokens, model.text_width), np.float32), "pooled": np.zeros(model.pooled_width, np.float32)}
 
 
+def check_new(output: pathlib.Path, kind: str) -> None:
+    """ConversionError where `output` is there already, MediaError where that cannot be told."""
+    with files.writing(output):
+        there = output.exists()
+    if there:
+        raise ConversionError(f"output {output} exists already: give a new {kind}, or remove it")
+
+
 @contextlib.contextmanager
 def staged(output: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
-    """A path beside `output` to write a file or directory of `needed` bytes to. It becomes `output` at the end, and is gone if there is no such end."""
+    """A path beside `output` to write a file or directory of `needed` bytes to. It becomes `output` at the end, and is gone if there is no such end.
+
+    ConversionError where the disk has no room for it, MediaError where it cannot be written."""
     parent = output.absolute().parent
-    try:
+    with files.writing(output):
         parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(parent).free
         scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=parent))
-    except OSError as error:
-        raise ConversionError(f"output {output} cannot be written: {error}") from error
-    full = f"output {output} needs up to {needed / 1e9:.2f} GB"
     try:
         if free < needed:
-            raise ConversionError(f"{full}, but the disk has {free / 1e9:.2f} GB left: free some, or give another place")
-        yield scratch / output.name
-        (scratch / output.name).rename(output)
-    except Exception as error:  # orbax has its own for a full disk
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise ConversionError(f"{full}, and its disk is full: free some, or give another place") from error
-        raise
+            raise ConversionError(f"output {output} needs up to {needed / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB left: free some, or go elsewhere")
+        with files.writing(output):
+            yield scratch / output.name
+            (scratch / output.name).rename(output)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -2,8 +2,8 @@
 
 Any checkpoint as one safetensors file. Stable Diffusion 3.5's part has diffusers' names and layouts, behind `transformer.`
 and `vae.`; the new parts are `transformer.temporal_blocks.N.*` and `transformer.frame_embed.*`, the prompt's embedding
-`prompt.*`, and the config stands in the metadata. `python -m convert_weights --input FILE` makes the same checkpoint of it, to
-the bit.
+`prompt.*`, and the config stands in the metadata. `python -m convert_weights --input FILE`, without `--dtype`, makes the same
+checkpoint of it, to the bit.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 from convert_weights import rules
-from convert_weights.convert import staged
-from convert_weights.source import CONFIG_KEY, ConversionError
+from convert_weights.convert import check_new, staged
+from convert_weights.source import CONFIG_KEY, ConversionError, local
 from svdp_jax import checkpoint, cli
 from svdp_jax.config import ConfigError, to_dict
+from svdp_jax.files import MediaError
 
 TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def export(directory: str | os.PathLike, output: pathlib.Path) -> None:
-    """Writes the file `output`, tensors in the types that the checkpoint stores. Raises ConfigError, or ConversionError if `output` exists."""
-    if output.exists():
-        raise ConversionError(f"output {output} exists already: give a new file, or remove it")
+    """Writes the file `output`, tensors in the types that the checkpoint stores. Raises ConfigError, ConversionError if `output` exists, MediaError if it
+    cannot be written."""
+    check_new(output, "file")
     config, params, frozen = checkpoint.load_stored(directory)
     arrays = flatten_dict({"params": params, "frozen": frozen._asdict()})
     slots, shapes = rules.slots(config, "diffusers"), rules.expected(config, "diffusers")
@@ -68,9 +69,10 @@ def write_safetensors(
 def main() -> None:
     parser = cli.ArgumentParser(prog="python -m convert_weights.export", description="A checkpoint to one safetensors file with diffusers' names.")
     parser.add_argument("--checkpoint", required=True, help="a converted or exported checkpoint, or a training workdir")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="the file, which must not exist yet")
+    parser.add_argument("--output", type=local, required=True, help="the file, which must not exist yet")
     flags = parser.parse_args()
-    with cli.messages(ConversionError, ConfigError):
+    cli.on_host()
+    with cli.messages(ConversionError, ConfigError, MediaError):
         export(flags.checkpoint, flags.output)
         print(f"wrote {flags.output}")
 

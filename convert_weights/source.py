@@ -2,12 +2,14 @@
 
     source = open_source(path)          names, shapes and types of all tensors; layout detected
     config = config_of(source)          sizes read from shapes
+    dtype_of(source)                    in which its numbers are kept
     problems(source, config)            everything that does not fit, at once
     source.read(name)                   one tensor, from disk
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -19,6 +21,7 @@ import numpy as np
 import safetensors
 
 from convert_weights import rules
+from svdp_jax import files
 from svdp_jax.config import AutoencoderConfig, Config, ConfigError, ModelConfig, from_dict
 
 CONFIG_KEY = "svdp_jax"  # in the metadata of a file that `convert_weights.export` wrote: the config as JSON
@@ -33,6 +36,13 @@ class ConversionError(Exception):
         rest = len(self.problems) - shown
         listed = "; ".join(self.problems[:shown]) + (f"; and {rest} more" if rest > 0 else "")
         super().__init__(message + (f", {len(self.problems)} problem{'s' * (len(self.problems) > 1)}: {listed}" if self.problems else ""))
+
+
+def local(text: str) -> pathlib.Path:
+    """The value of a flag that names a file or directory of this machine; an address is told to be none."""
+    if files.is_remote(text):
+        raise argparse.ArgumentTypeError(f"{text} is not on this machine, and a local path is needed: copy it")
+    return pathlib.Path(text)
 
 
 class Tensor(NamedTuple):
@@ -90,8 +100,8 @@ def _open_folder(folder: pathlib.Path) -> Source:
     for prefix in rules.PREFIXES["diffusers"]:
         part = folder / prefix.removesuffix(".")
         if not part.is_dir():
-            files = sorted(file.name for file in folder.glob("*.safetensors"))
-            hint = f"; to convert the single file, give {folder / files[0]}" if files else ""
+            single = sorted(folder.glob("*.safetensors"))
+            hint = f"; to convert the single file, give {single[0]}" if single else ""
             raise ConversionError(f"{folder} has no {part.name}/: a diffusers folder holds transformer/ and vae/{hint}")
         for file in _weight_files(part):
             found, _ = _header(file)
@@ -100,35 +110,40 @@ def _open_folder(folder: pathlib.Path) -> Source:
     return Source(folder, "diffusers", tensors, _autoencoder_settings(folder / "vae" / "config.json"), None)
 
 
-def _index_of(part: pathlib.Path) -> pathlib.Path | None:
-    return next(iter(sorted(part.glob("*.safetensors.index*.json"), key=lambda file: (len(file.name), file.name))), None)
+def _chosen(part: pathlib.Path) -> pathlib.Path | None:
+    """The one file of a component, or the index of its shards; of several variants the one without a suffix such as `.fp16`."""
+
+    def rank(file: pathlib.Path) -> tuple[bool, bool, int, str]:
+        suffixed = "." in re.sub(r"\.safetensors|\.index|\.json", "", file.name)
+        return suffixed, file.suffix == ".json", len(file.name), file.name
+
+    whole = [file for file in part.glob("*.safetensors") if not re.search(r"-\d+-of-\d+", file.name)]
+    return min([*whole, *part.glob("*.safetensors.index*.json")], key=rank, default=None)
 
 
 def _weight_files(part: pathlib.Path) -> list[pathlib.Path]:
-    """The files of one component: those of its index, or its one file; of several variants the one without a suffix."""
-    index = _index_of(part)
-    whole = sorted((file for file in part.glob("*.safetensors") if not re.search(r"-\d+-of-\d+", file.name)), key=lambda file: (len(file.name), file.name))
-    if whole:
-        return whole[:1]
-    if index is None:
+    """The files of one component: those of its index, or its one file."""
+    chosen = _chosen(part)
+    if chosen is None:
         others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.ckpt") for file in part.glob(pattern))
         if others:
             _refuse_pickle(part / others[0])
         shards = sorted(part.glob("*.safetensors"))
         raise ConversionError(f"{part} holds {'shards but no *.safetensors.index.json' if shards else 'no *.safetensors file'}")
-    files = sorted({part / name for name in _json(index).get("weight_map", {}).values()})
-    missing = [file.name for file in files if not file.is_file()]
-    if missing or not files:
-        raise ConversionError(f"{part} lacks {', '.join(missing) or 'every shard'}, which {index.name} lists: download the rest")
-    return files
+    if chosen.suffix == ".safetensors":
+        return [chosen]
+    shards = sorted({part / name for name in _json(chosen).get("weight_map", {}).values()})
+    missing = [file.name for file in shards if not file.is_file()]
+    if missing or not shards:
+        raise ConversionError(f"{part} lacks {', '.join(missing) or 'every shard'}, which {chosen.name} lists: download the rest")
+    return shards
 
 
 def _check_index(part: pathlib.Path, found: set[str]) -> None:
     """Every tensor that the index lists stands in its shards."""
-    index = _index_of(part)
-    listed = set(_json(index)["weight_map"]) if index and len(_weight_files(part)) > 1 else set()
-    if listed - found:
-        raise ConversionError(f"{part}: its shards lack tensors that {index.name} lists", sorted(listed - found))
+    chosen = _chosen(part)
+    if chosen.suffix == ".json" and (lost := set(_json(chosen)["weight_map"]) - found):
+        raise ConversionError(f"{part}: its shards lack tensors that {chosen.name} lists", sorted(lost))
 
 
 def _json(file: pathlib.Path) -> dict[str, Any]:
@@ -276,6 +291,12 @@ def config_of(source: Source) -> Config:
         return dataclasses.replace(default, model=model, autoencoder=autoencoder, data=data)
     except ConfigError as error:
         raise ConversionError(f"{source.path} has sizes that no model of this family has: {error}") from error
+
+
+def dtype_of(source: Source) -> str:
+    """The type that the network's parameters get unless another is asked for: an export's own, so that it comes back to the bit; else float32."""
+    stored = source.tensors[rules.name("params/patches", source.layout, "weight")].dtype
+    return "bfloat16" if source.has_new_parts and stored == "BF16" else "float32"
 
 
 def _autoencoder_sizes(source: Source) -> tuple[tuple[int, ...], int]:

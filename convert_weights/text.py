@@ -13,11 +13,13 @@ import warnings
 from typing import Any
 
 import numpy as np
+import safetensors
 from jaxtyping import Float
 from tqdm import tqdm
 
 from convert_weights.source import ConversionError
 from svdp_jax.config import ModelConfig
+from svdp_jax.files import first_line
 
 CLIP_TOKENS = 77
 ENCODERS = {"text_encoder": "CLIP-L", "text_encoder_2": "CLIP-G", "text_encoder_3": "T5-XXL"}  # folder -> what is in it; its tokenizer is in tokenizer*
@@ -89,8 +91,8 @@ def _run(folder: pathlib.Path, name: str, prompt: str, tokens: int) -> tuple[np.
         tokenizer = (CLIPTokenizer if clip else T5TokenizerFast).from_pretrained(folder / _tokenizer(name), local_files_only=True)
         options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
         encoder = (CLIPTextModelWithProjection if clip else T5EncoderModel).from_pretrained(folder / name, **options).eval()
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ConversionError(f"--text-encoders: {folder / name} cannot be read: {(str(error).strip().splitlines() or [type(error).__name__])[0]}") from error
+    except (OSError, ValueError, KeyError, TypeError, ImportError, safetensors.SafetensorError) as error:
+        raise ConversionError(f"--text-encoders: {folder / name} cannot be read: {first_line(error)}") from error
     if len(tokenizer(prompt).input_ids) > tokens:
         warnings.warn(f"the prompt is cut: {name} sees its first {tokens} tokens", stacklevel=2)
     ids = tokenizer(prompt, padding="max_length", max_length=tokens, truncation=True, return_tensors="pt").input_ids

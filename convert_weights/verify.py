@@ -1,8 +1,9 @@
 """Proof of a conversion: python -m convert_weights.verify --checkpoint DIR --source FILE_OR_DIR
 
 One picture through diffusers' model of the source and through the checkpoint, in float32, stage by stage: autoencoder, embeddings,
-first and last block of each kind, velocity. The two run one after the other, in separate processes. Exit status 1 if a stage
-differs. Needs the extra `parity` (PyTorch and diffusers).
+first and last block of each kind, velocity. The gates of the temporal blocks, which diffusers lacks, are closed for it, so that a
+trained checkpoint can be compared, too. The two run one after the other, in separate processes. Exit status 1 if a stage differs.
+Needs the extra `parity` (PyTorch and diffusers).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import os
 import pathlib
 import subprocess
 import sys
@@ -24,8 +26,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
 from convert_weights import rules
-from convert_weights.source import ConversionError, Source, config_of, open_source
-from svdp_jax import checkpoint, cli
+from convert_weights.source import ConversionError, Source, config_of, local, open_source
+from svdp_jax import checkpoint, cli, files
 from svdp_jax.config import Config, ConfigError, ModelConfig
 from svdp_jax.models import tokens
 from svdp_jax.models.autoencoder import make_autoencoder
@@ -63,7 +65,7 @@ def table(rows: list[Comparison]) -> str:
     return "\n".join(lines)
 
 
-def verify(directory: pathlib.Path, path: pathlib.Path) -> list[Comparison]:
+def verify(directory: str | os.PathLike, path: pathlib.Path) -> list[Comparison]:
     """One row per stage. Raises ConfigError or ConversionError if either side cannot be read."""
     if not importlib.util.find_spec("torch") or not importlib.util.find_spec("diffusers"):
         raise ConversionError("verify compares with diffusers: pip install -e '.[parity]'")
@@ -83,7 +85,7 @@ def verify(directory: pathlib.Path, path: pathlib.Path) -> list[Comparison]:
         theirs = run_reference(path, inputs, dtype=checkpoint.stored_dtype(weights))
         inputs["noisy"], inputs["latents"] = theirs.pop("noisy"), theirs["VAE encode"]
         next_is("autoencoder")
-        ours = autoencoder_stages(config, checkpoint.load_frozen(directory), inputs)
+        ours = autoencoder_stages(config, checkpoint.load_frozen(files.place(directory)), inputs)
         next_is("loading")
         params, frozen = _load(directory)
         next_is("network")
@@ -105,7 +107,7 @@ def run_reference(path: pathlib.Path, inputs: dict[str, np.ndarray], *, dtype: s
         return dict(np.load(made))
 
 
-def _load(directory: pathlib.Path) -> tuple[Any, Frozen]:
+def _load(directory: str | os.PathLike) -> tuple[Any, Frozen]:
     """(params, frozen), in float32 on the device; each array of the file is let go as its own is made."""
     _, params, frozen = checkpoint.load_stored(directory)
     flat = flatten_dict(params)
@@ -143,14 +145,14 @@ def autoencoder_stages(config: Config, frozen: Frozen, inputs: dict[str, np.ndar
 
 
 def network_stages(config: Config, params: Any, frozen: Frozen, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Stage -> what our network puts out, as `reference.stages` has it, in the order of the data. `inputs`: noisy, t, text, pooled."""
+    """Stage -> what our network puts out, as `reference.stages` has it, in the order of the data, temporal gates closed. `inputs`: noisy, t, text, pooled."""
     noisy = inputs["noisy"]
     crops = tokens.shifted_crops(frozen.table, noisy.shape[1] // config.model.patch, noisy.shape[2] // config.model.patch)
     constants = Constants(crops, jnp.asarray(inputs["text"]), jnp.asarray(inputs["pooled"]))
     model = Transformer(in_float32(config))
     options = {"capture_intermediates": _is_a_stage, "mutable": "intermediates"}
     with jax.default_matmul_precision("highest"):
-        velocity, captured = _apply(model, {"params": params}, noisy[:, None], inputs["t"], Conditions(), constants, **options)
+        velocity, captured = _apply(model, {"params": with_closed_gates(params)}, noisy[:, None], inputs["t"], Conditions(), constants, **options)
     captured = {path[:-1]: value for path, value in flatten_dict(captured["intermediates"]).items()}  # without "__call__"
     part = lambda *path: captured[path][0]
     outputs = {
@@ -171,6 +173,12 @@ def network_stages(config: Config, params: Any, frozen: Frozen, inputs: dict[str
     return {name: np.asarray(value) for name, value in outputs.items()}
 
 
+def with_closed_gates(params: Any) -> Any:
+    """Parameters whose temporal blocks change nothing, whatever they have learnt."""
+    closed = lambda path, leaf: leaf.at[..., 2, :].set(0) if "temporal" in path and "modulation" in path else leaf  # shift, scale, gate
+    return unflatten_dict({path: closed(path, leaf) for path, leaf in flatten_dict(params).items()})
+
+
 def in_float32(config: Config) -> ModelConfig:
     return dataclasses.replace(config.model, dtype="float32")
 
@@ -186,10 +194,12 @@ def compare_tables(config: Config, frozen: Frozen, source: Source) -> Comparison
 
 
 def main() -> None:
-    parser = cli.ArgumentParser(prog="python -m convert_weights.verify", description="Compare a converted checkpoint with diffusers' model, stage by stage.")
-    parser.add_argument("--checkpoint", type=pathlib.Path, required=True, help="what python -m convert_weights wrote")
-    parser.add_argument("--source", type=pathlib.Path, required=True, help="the file or folder that it was made of")
+    description = "Compare a converted checkpoint, its temporal gates closed, with diffusers' model, stage by stage."
+    parser = cli.ArgumentParser(prog="python -m convert_weights.verify", description=description)
+    parser.add_argument("--checkpoint", required=True, help="what python -m convert_weights wrote")
+    parser.add_argument("--source", type=local, required=True, help="the file or folder that it was made of")
     flags = parser.parse_args()
+    cli.on_host()
     with cli.messages(ConversionError, ConfigError):
         rows = verify(flags.checkpoint, flags.source)
     print(table(rows))

@@ -216,10 +216,8 @@ def inspect(directory: str | os.PathLike, *, arrays: bool = False) -> str:
     reached = f", step {steps[-1]} of {config.train.steps}; saved: {', '.join(map(str, steps))}" if steps else ""
     places = [weights, *([weights.parent / STATE] if steps else []), directory / FROZEN]
     rows = [f"{directory}: {config.name}{reached}", f"  {'':<48} {'arrays':>7} {'values':>15} {'MB':>10}  type"]
-    try:
+    with _reading(f"checkpoint {directory}"):
         trees = {place.name: stored(place) for place in places}
-    except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:
-        raise ConfigError(f"checkpoint {directory} cannot be read: {files.first_line(error)}") from error
     for place, tree in trees.items():
         for name, part in tree.items():
             rows.append(_row(f"{place}/{name}", part))
@@ -247,6 +245,7 @@ def main() -> None:
     out.add_argument("output")
     out.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights in the file")
     flags = parser.parse_args()
+    cli.on_host()
     with cli.messages(ConfigError, files.MediaError):
         if flags.command == "inspect":
             print(inspect(flags.directory, arrays=flags.arrays))

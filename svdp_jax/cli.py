@@ -68,6 +68,14 @@ def keep_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_directory()))
 
 
+def on_host() -> None:
+    """JAX computes on the CPU and looks for nothing else: for commands that need no accelerator, where one may be full, or wait for other hosts. Before any
+    computation."""
+    import jax  # which most commands do without
+
+    jax.config.update("jax_platforms", "cpu")
+
+
 def cache_directory() -> pathlib.Path:
     """Of what can be made again."""
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "svdp_jax"

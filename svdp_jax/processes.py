@@ -11,23 +11,29 @@ import glob
 import importlib.util
 import os
 import re
+import secrets
 import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from svdp_jax.config import ConfigError
-from svdp_jax.files import one_line
+from svdp_jax.files import Place, one_line
 
 HEARTBEAT = 20  # seconds without a sign of life, after which a process counts as gone
 PATIENCE = 300  # seconds until all processes must have come
+SEEN_WITHIN = 30  # seconds, what one process writes on a file system by all others
+AGAIN = 75  # the status of a run that was told to stop before its end: whoever started it is to start it again (EX_TEMPFAIL of sysexits.h)
+LOST = re.compile("unavailable|deadline|aborted|cancelled|heartbeat|coordination|barrier|gloo|nccl|connection|socket|peer|preempt", re.IGNORECASE)  # of what JAX says
 
 
 class Cluster(NamedTuple):
@@ -56,7 +62,8 @@ def start(cluster: Cluster, environment: Mapping[str, str] = os.environ) -> None
             limits = {"initialization_timeout": 2 * PATIENCE, "heartbeat_timeout_seconds": cluster.heartbeat}
             jax.distributed.initialize(cluster.coordinator, cluster.processes, cluster.process, **limits)
     except Exception as error:  # of gRPC, of whoever looks for the cluster
-        raise ConfigError(f"the other processes of this run cannot be joined{f' at {cluster.coordinator}' * given[0]}: {one_line(error)[:300]}") from error
+        where = f" at {cluster.coordinator}" if given[0] else "; --coordinator HOST:PORT, --processes N and --process I say where they are"
+        raise ConfigError(f"the other processes of this run cannot be joined{where}: {one_line(error)[:300]}") from error
 
 
 def _expect_free(coordinator: str) -> None:
@@ -98,10 +105,13 @@ def absence(cluster: Cluster) -> str:
 
 
 def expected(environment: Mapping[str, str]) -> bool:
-    """Whether there are other processes: by what the environment says of Slurm, MPI, a TPU pod or several TPU slices, and by what a Cloud TPU VM's metadata say."""
+    """Whether there are other processes: by what the environment says of Slurm, MPI, a TPU pod or several TPU slices, and by what a Cloud TPU VM's metadata say.
+    Under Slurm, what `srun` starts: in the shell of an allocation one process runs alone."""
     several = lambda name: int(environment.get(name) or 1) > 1
     listed = lambda name: len(_names(environment.get(name, ""))) > 1
-    if any(map(several, ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES"))) or any(map(listed, ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"))):
+    if several("SLURM_NTASKS") and "SLURM_STEP_NODELIST" in environment:
+        return True
+    if any(map(several, ("OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES"))) or any(map(listed, ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"))):
         return True
     if environment.get("TPU_SKIP_MDS_QUERY") or not _has_tpu():
         return False
@@ -140,13 +150,32 @@ def together() -> Iterator[None]:
     except BaseException as error:
         if not jax.distributed.is_initialized():
             raise
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            print(f"error: the processes of this run have lost each other, or a device has failed ({one_line(error)[:300]}); start all of them again: the run goes on", file=sys.stderr)
+        if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
+            print(f"error: the processes of this run have lost each other ({one_line(error)[:300]}); start all of them again: the run goes on", file=sys.stderr)
         elif not isinstance(error, SystemExit):  # of which the reason has been told
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+
+
+def check_shared(directory: Place) -> None:
+    """ConfigError unless all processes see what one of them writes in this directory: the parts of a checkpoint would not come together."""
+    if jax.process_count() == 1:
+        return
+    mark = directory / f".shared-{int(multihost_utils.broadcast_one_to_all(np.int32(secrets.randbits(31)))):08x}"
+    if jax.process_index() == 0:
+        mark.write_text("seen by all processes")
+    wait_for_all()
+    until = time.monotonic() + SEEN_WITHIN
+    while not (seen := mark.exists()) and time.monotonic() < until:
+        time.sleep(1)
+    blind = np.flatnonzero(~multihost_utils.process_allgather(np.array(seen))).tolist()
+    if jax.process_index() == 0:
+        mark.unlink()
+    if blind:
+        which = f"process{'es' if len(blind) > 1 else ''} {', '.join(map(str, blind))}"
+        raise ConfigError(f"{directory} is not one directory to all processes: {which} cannot see what process 0 writes there; use a file system that all share, or gs://")
 
 
 def wait_for_all() -> None:

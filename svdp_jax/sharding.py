@@ -159,13 +159,6 @@ class Layout:
         """For each device of the mesh whether its process votes for something."""
         return jax.make_array_from_callback((self.mesh.size,), self.each, lambda _: np.full(1, vote, np.int32))
 
-    def gathered(self, tree: Any, dtype: str) -> Any:
-        """A tree of arrays of this type, whole, on one device of this process. All processes take part."""
-        if self.mesh.size == 1:
-            return tree
-        whole = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree), out_shardings=self.whole)(tree)
-        return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
-
     def per_frame(self, function: Callable[..., Array]) -> Callable[..., Array]:
         """`function` of arrays [B,F,...], which treats frames alike and merges the two axes: each device does its own frames of its own samples."""
 
@@ -259,6 +252,12 @@ def shardings_of(tree: Any, layout: Layout) -> Any:
 def abstract(tree: Any, shardings: Any) -> Any:
     """Shapes of a tree whose arrays may be boxed, with their shardings: what a checkpoint is restored into."""
     return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), nn.meta.unbox(tree), shardings)
+
+
+def check_frames(layout: Layout, frames: int) -> None:
+    """ConfigError unless those who share the frames of a window have as many each: where mesh.context is -1, the config could not know."""
+    if frames % layout.size("frames"):
+        raise ConfigError(f"data.frames={frames} must be a multiple of the {layout.size('frames')} devices along mesh.context")
 
 
 def check_batch(layout: Layout, samples: int, *, accumulation: int) -> None:

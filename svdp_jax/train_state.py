@@ -7,6 +7,7 @@ Randomness is a function of (base key, step), so a resumed run repeats nothing a
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -18,7 +19,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from svdp_jax import flow
-from svdp_jax.config import Config, TrainConfig
+from svdp_jax.config import Config, ModelConfig, TrainConfig
 from svdp_jax.models import tokens
 from svdp_jax.models.autoencoder import by_parts, make_autoencoder, to_unit
 from svdp_jax.models.layers import COMPILER, COMPILER_TPU
@@ -233,6 +234,16 @@ def train_step(
     bad = jnp.where(finite, 0, state.bad + 1)
     after = TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state), keep(ema, state.ema), bad)
     return after, metrics | {"grad_norm": norm, "bad": bad}
+
+
+def gathered(config: ModelConfig, params: Any, layout: Layout) -> Any:
+    """Parameters as `sample.py` has them, in the types that the network computes in, whole on one device of this process. All processes take part."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), _gather(config, layout)(params))
+
+
+@functools.cache
+def _gather(config: ModelConfig, layout: Layout) -> Any:
+    return jax.jit(functools.partial(in_computing_types, config), out_shardings=layout.whole)
 
 
 def ema_decay(train: TrainConfig, step: Array) -> Float[Array, ""]:

@@ -61,11 +61,11 @@ def train_tiny(dataset):
     """Calls train.py in this process: train_tiny(workdir, *flags)."""
     import train
 
-    def call(workdir: pathlib.Path, *flags: str) -> None:
+    def call(workdir: pathlib.Path, *flags: str) -> int:
         with pytest.MonkeyPatch.context() as patch:
             given = ["--config", str(ROOT / "configs" / "tiny.py"), "--workdir", str(workdir), "--data.path", str(dataset)]
             patch.setattr(sys, "argv", ["train.py", *given, *CHEAP, *flags])
-            train.main(*train.parse())
+            return train.main(*train.parse())
 
     return call
 

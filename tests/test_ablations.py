@@ -8,6 +8,7 @@ from conftest import ROOT
 
 from svdp_jax import cli
 from svdp_jax.config import load_config
+from svdp_jax.sampler import guided_passes
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 ablations = pytest.importorskip("ablations", reason="needs matplotlib: pip install -e '.[plot]'")
@@ -29,6 +30,7 @@ def test_a_variant_changes_what_its_question_is_about():
         "history-from-start": {"train.history_from_step": 0}, "zero": {"model.dropped": "zero"}, "cached": {"model.history": "cached"},
         "same-whole": {"data.driver_mask": False},
     }  # fmt: skip
+    assert set(guided_passes(ablations.GUIDED, with_history=True)) == {0, 1, 2, 3}
     asked = {variant for variants, _ in ablations.QUESTIONS.values() for variant in variants}
     assert asked == set(ablations.VARIANTS)
 

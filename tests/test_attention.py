@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 from functools import partial
 
 import jax
@@ -148,7 +149,8 @@ def test_chunked_sums_gradients_over_query_chunks_in_float32(monkeypatch):
 @pytest.mark.parametrize(
     "platform, q_shape, keys, dtype, backend",
     [
-        ("gpu", (1, 16, 4042, 24, 64), 4042, jnp.bfloat16, "cudnn"),
+        ("cuda", (1, 16, 4042, 24, 64), 4042, jnp.bfloat16, "cudnn"),
+        ("gpu", (1, 16, 4042, 24, 64), 4042, jnp.bfloat16, "chunked"),  # one without cuDNN's attention
         ("cuda", (1, 1, 24624, 24, 64), 24624, jnp.float16, "cudnn"),
         ("cuda", (1, 16, 4041, 24, 64), 4041, jnp.bfloat16, "cudnn"),  # odd: padded by the backend
         ("cuda", (1, 16, 4042, 24, 64), 4042, jnp.float32, "chunked"),  # cuDNN has no float32
@@ -166,6 +168,12 @@ def test_chunked_sums_gradients_over_query_chunks_in_float32(monkeypatch):
 def test_choose_backend(monkeypatch, platform, q_shape, keys, dtype, backend):
     monkeypatch.undo()  # the real limits
     assert choose_backend(platform, q_shape, (*q_shape[:2], keys, *q_shape[3:]), dtype) == backend
+
+
+@pytest.mark.parametrize(("capability", "platform"), [("9.0", "cuda"), ("10.0", "cuda"), ("7.5", "gpu"), ("gfx90a", "gpu")])
+def test_only_gpus_with_its_kernels_have_cudnn(monkeypatch, capability, platform):
+    monkeypatch.setattr(module.jax, "devices", lambda: [types.SimpleNamespace(platform="gpu", compute_capability=capability)])
+    assert module._where() == platform
 
 
 def test_auto_is_the_chosen_backend(monkeypatch):

@@ -9,11 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import saved_state
+from conftest import ROOT, saved_state
 from tiny_network import TINY
 
-from svdp_jax import checkpoint, sharding, steps, train_state
+from svdp_jax import checkpoint, cli, sharding, steps, train_state
 from svdp_jax.config import ConfigError, MeshConfig
+
+DEMO = ROOT / "svdp_jax" / "assets" / "demo" / "checkpoint"
+
+
+@pytest.fixture(autouse=True)
+def where_it_was(monkeypatch):
+    """Commands that are run within this process leave JAX to the other tests as it is."""
+    monkeypatch.setattr(cli, "on_host", lambda: None)
 
 
 def state_of(workdir):
@@ -137,6 +145,20 @@ def test_inspect_tells_what_an_export_holds(workdir, tmp_path, monkeypatch, caps
     checkpoint.export(workdir, tmp_path / "exported", dtype="bfloat16")
     lines = inspected(monkeypatch, capsys, tmp_path / "exported")
     assert lines[0] == f"{tmp_path / 'exported'}: tiny" and lines[-1].endswith("bfloat16") and not any("state/" in line for line in lines)
+
+
+def test_looking_and_exporting_ask_for_no_accelerator(python, tmp_path):
+    for command in ["inspect", DEMO], ["export", DEMO, tmp_path / "exported"]:
+        done = python("-m", "svdp_jax.checkpoint", *command, JAX_PLATFORMS="one that is busy")
+        assert done.returncode == 0, done.stderr
+
+
+def test_inspecting_what_is_broken_names_it(tmp_path):
+    shutil.copytree(DEMO, tmp_path / "broken")
+    (tmp_path / "broken" / "weights" / "_METADATA").unlink()
+    with pytest.raises(ConfigError, match="checkpoint .*broken cannot be read") as caught:
+        checkpoint.inspect(tmp_path / "broken")
+    assert "\n" not in str(caught.value)
 
 
 def test_an_export_replaces_nothing(workdir, tmp_path):

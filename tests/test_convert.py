@@ -1,5 +1,6 @@
 """Conversion: coverage both ways, types, layouts, the way back, and what happens on bad input."""
 
+import errno
 import functools
 import json
 import pathlib
@@ -11,14 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sd35
+from conftest import ROOT
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 from sd35 import CONFIG
 
-from convert_weights import convert, export, rules
+from convert_weights import __main__ as command
+from convert_weights import convert, export, rules, source, verify
 from convert_weights.source import ConversionError
-from svdp_jax import checkpoint, train_state
+from svdp_jax import checkpoint, cli, train_state
 from svdp_jax.config import Config
+from svdp_jax.files import MediaError
+
+DEMO = ROOT / "svdp_jax" / "assets" / "demo" / "checkpoint"
 
 
 def read_all(directory: pathlib.Path):
@@ -74,7 +80,7 @@ def test_bfloat16_is_of_the_network_alone(checkpoints):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_convert_export_convert_is_exact(dtype, checkpoints, tmp_path):
     export.export(checkpoints[dtype], tmp_path / "exported.safetensors")
-    convert.convert(tmp_path / "exported.safetensors", tmp_path / "again", dtype=dtype)
+    convert.convert(tmp_path / "exported.safetensors", tmp_path / "again")
     assert_equal_to_the_bit(checkpoints[dtype], tmp_path / "again")
     names = load_file(tmp_path / "exported.safetensors").keys()
     assert {"transformer.transformer_blocks.4.norm1_context.linear.weight", "vae.decoder.up_blocks.3.resnets.2.conv2.bias"} <= names
@@ -82,11 +88,19 @@ def test_convert_export_convert_is_exact(dtype, checkpoints, tmp_path):
 
 
 def test_any_checkpoint_goes_out_and_in(tmp_path):
-    demo = pathlib.Path(__file__).parents[1] / "svdp_jax" / "assets" / "demo" / "checkpoint"
-    export.export(demo, tmp_path / "demo.safetensors")
-    dtype = next(iter(leaf.dtype.name for path, leaf in read_all(demo)[1].items() if path[0] == "params"))
-    convert.convert(tmp_path / "demo.safetensors", tmp_path / "again", dtype=dtype)
-    assert_equal_to_the_bit(demo, tmp_path / "again")
+    export.export(DEMO, tmp_path / "demo.safetensors")
+    convert.convert(tmp_path / "demo.safetensors", tmp_path / "again")
+    assert_equal_to_the_bit(DEMO, tmp_path / "again")
+
+
+def test_the_ways_out_and_in_ask_for_no_accelerator(python, tmp_path):
+    for arguments in (
+        ["convert_weights.export", "--checkpoint", DEMO, "--output", tmp_path / "demo.safetensors"],
+        ["convert_weights", "--input", tmp_path / "demo.safetensors", "--output", tmp_path / "again"],
+    ):
+        done = python("-m", *arguments, JAX_PLATFORMS="one that is busy")
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"a second attention, {checkpoint.stored_dtype(DEMO / checkpoint.WEIGHTS)}\n")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -122,6 +136,27 @@ def test_shards_and_settings_of_a_folder(sd35_folder, checkpoints, tmp_path):
     with pytest.raises(ConversionError, match="lacks diffusion_pytorch_model-00002-of-00002.safetensors"):
         convert.convert(sharded, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+OTHER_SHARDS = ["model.fp16-00001-of-00001.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("whole", "indices", "chosen"),
+    [
+        (["model.safetensors", "model.fp16.safetensors"], {"model.safetensors.index.json": SHARDS}, ["model.safetensors"]),
+        (["model.fp16.safetensors"], {"model.safetensors.index.json": SHARDS, "model.safetensors.index.fp16.json": OTHER_SHARDS}, SHARDS),
+        (["model.fp16.safetensors"], {}, ["model.fp16.safetensors"]),
+        ([], {"model.safetensors.index.fp16.json": OTHER_SHARDS}, OTHER_SHARDS),
+    ],
+)
+def test_of_several_variants_the_one_without_a_suffix_is_read(tmp_path, whole, indices, chosen):
+    for name in [*whole, *SHARDS, *OTHER_SHARDS]:
+        (tmp_path / name).touch()
+    for name, shards in indices.items():
+        (tmp_path / name).write_text(json.dumps({"weight_map": dict(enumerate(shards))}))
+    assert [file.name for file in source._weight_files(tmp_path)] == chosen
 
 
 def test_all_problems_come_at_once_and_nothing_is_left(sd35_file, tmp_path):
@@ -253,11 +288,75 @@ def test_a_full_disk_leaves_nothing(tmp_path, sd35_file):
         assert list(small.iterdir()) == []
         with pytest.MonkeyPatch.context() as patch:  # as if the disk filled up while we write
             patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10**12))
-            with pytest.raises(ConversionError, match="its disk is full"):
+            with pytest.raises(MediaError, match="out: cannot be written .*No space left") as caught:
                 convert.convert(sd35_file, small / "out")
+            assert "\n" not in str(caught.value)
         assert list(small.iterdir()) == []
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def said(main, monkeypatch, capsys, *arguments):
+    """The one line that a command says of a mistake, run within this process, where other tests may want an accelerator."""
+    monkeypatch.setattr(cli, "on_host", lambda: None)
+    monkeypatch.setattr("sys.argv", ["command", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    *_, line = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("main", "flags"),
+    [
+        (command.main, ["--output", "out", "--input"]),
+        (command.main, ["--input", "in", "--output"]),
+        (command.main, ["--input", "in", "--output", "out", "--text-encoders"]),
+        (export.main, ["--checkpoint", "in", "--output"]),
+        (verify.main, ["--checkpoint", "in", "--source"]),
+    ],
+)
+def test_an_address_is_no_local_path(main, flags, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    line = said(main, monkeypatch, capsys, *flags, "gs://bucket/x")
+    assert f"argument {flags[-1]}: gs://bucket/x is not on this machine" in line and not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_to_verify_may_be_at_an_address(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(verify.importlib.util, "find_spec", lambda name: True)  # PyTorch is not reached
+    monkeypatch.setattr(verify, "open_source", lambda path: None)
+    assert "s3://bucket/x: a place is a local path or gs://" in said(verify.main, monkeypatch, capsys, "--checkpoint", "s3://bucket/x", "--source", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("write", "error"),
+    [
+        ("write_config", MediaError("config.json: cannot be written (Disk quota exceeded)")),
+        ("save_frozen", OSError(errno.EDQUOT, "Disk quota exceeded")),
+        ("save_frozen", ValueError("UNKNOWN: Failed to write: Disk quota exceeded [os_error_code='122']\nSource locations: ...")),  # tensorstore's
+    ],
+)
+def test_what_cannot_be_written_is_one_line_and_leaves_nothing(write, error, sd35_file, monkeypatch, capsys, tmp_path):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(checkpoint, write, fail)
+    line = said(command.main, monkeypatch, capsys, "--input", sd35_file, "--output", tmp_path / "out")
+    assert "cannot be written" in line and "Disk quota exceeded" in line and not list(tmp_path.iterdir())
+
+
+def test_an_export_that_cannot_be_written_is_one_line_and_leaves_nothing(monkeypatch, capsys, tmp_path):
+    def fail(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(export, "write_safetensors", fail)
+    line = said(export.main, monkeypatch, capsys, "--checkpoint", DEMO, "--output", tmp_path / "out.safetensors")
+    assert "out.safetensors: cannot be written" in line and "Input/output error" in line and not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_is_one_line(sd35_file, monkeypatch, capsys, tmp_path):
+    assert "File name too long" in said(command.main, monkeypatch, capsys, "--input", sd35_file, "--output", tmp_path / ("x" * 300))
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path, sd35_file, monkeypatch):

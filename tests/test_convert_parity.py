@@ -70,6 +70,12 @@ def test_every_stage_is_diffusers(model, reference):
     assert missed(ours, reference) == []
 
 
+def test_stages_are_diffusers_whatever_temporal_blocks_have_learnt(model, reference):
+    params, frozen = model
+    opened = {path: leaf + 0.2 if "temporal" in path and "modulation" in path else leaf for path, leaf in flatten_dict(params).items()}
+    assert missed(stages((unflatten_dict(opened), frozen), reference), reference) == []
+
+
 def test_frames_are_independent_of_each_other_behind_closed_gates(model, reference):
     """Pass u of a converted model is SD3.5 frame by frame, whatever the new parts hold behind their gates."""
     params, frozen = model

@@ -130,7 +130,7 @@ def test_a_mouth_that_is_read_is_open_as_it_was_drawn(size):
 
 def test_gaze_and_mouth_are_read_in_styles_that_let_paper_through():
     for style, gaze, opening in ("pastel", 2.5, 0.1), ("pencil", 2.5, 0.2):
-        case = rendered.case_of(DATA, split="validation", index=0, frames=25, style=style)
+        case = rendered.case_of(DATA, split="validation", index=0, frames=24, style=style)
         figures = rendered.measure(case, case.target, case.target, window=4)
         assert figures["gaze_truth"] < gaze and figures["opening_truth"] < opening and figures["mouth"] == pytest.approx(1), style
 
@@ -156,7 +156,7 @@ def test_what_looks_half_like_the_driver_leaks_by_half(case):
 
 @pytest.fixture(scope="module")
 def case():
-    return rendered.case_of(DATA, split="validation", index=0, frames=25)
+    return rendered.case_of(DATA, split="validation", index=0, frames=24)
 
 
 def test_the_truth_has_perfect_figures_and_a_copy_of_the_source_none(case):
@@ -178,12 +178,22 @@ def test_a_motion_that_comes_late_or_mirrored_shows(case):
 
 def test_a_case_is_what_training_sees():
     clip = synthetic.pair("test", 3, frames=5, size=rendered.RENDERED)
-    case = rendered.case_of(DATA, split="test", index=3, frames=5)
-    for found, expected in zip(case[:3], loader.whole_clip(clip, DATA), strict=True):
+    case = rendered.case_of(DATA, split="test", index=3, frames=4)
+    for found, expected in zip(case[1:3], loader.whole_clip(clip, DATA)[1:], strict=True):
         np.testing.assert_array_equal(found, expected)
     # The target masked by its boxes is what masking it as a driver gives: boxes are in pixels of data.size.
     itself = clip._replace(driver=clip.target, driver_landmarks=clip.target_landmarks)
     np.testing.assert_array_equal(faces.mask_frames(case.target, case.boxes), loader.whole_clip(itself, DATA)[1])
+
+
+def test_no_window_is_nearer_to_the_source_than_another():
+    """A copy of the source, whose error says how far the truth is from it, has as much of it in the last window as in the first."""
+    errors = []
+    for index in range(12):
+        case = rendered.case_of(DATA, split="test", index=index, frames=80)
+        errors.append(rendered.window_errors(np.broadcast_to(case.source, case.target.shape), case.target, 8))
+    by_window = np.mean(errors, axis=0)
+    assert 0.85 < by_window[-1] / by_window[:-1].mean() < 1.15, by_window  # with a source next to the last window: 0.45
 
 
 # ---------------------------------------------------------------------------------------------------------------- the table
@@ -193,6 +203,7 @@ def test_verdicts_are_of_the_mean_and_in_the_right_direction():
     clips = [dict.fromkeys(rendered.ROWS, value) for value in (0.5, 0.7, 1.8)]
     rows = rendered.summary(clips)
     assert [rows["psnr"]["mean"], rows["psnr"]["median"], *rows["psnr"]["quartiles"]] == pytest.approx([1.0, 0.7, 0.6, 1.25])
+    assert rows["psnr"]["standard_error"] == pytest.approx(0.7 / 3**0.5)
     assert {name: row["met"] for name, row in rows.items() if "met" in row} == {
         "psnr_gain": False, "regions_gain": False, "change": True, "drift": True, "head": True, "mouth": True, "gaze": True,
     }  # fmt: skip
@@ -217,13 +228,13 @@ def weights():
     rng = np.random.default_rng(0)
     params = tree.unflatten([rng.normal(0, 0.2, leaf.shape).astype(np.float32) for leaf in shapes])
     model = CONFIG.model
-    target = rendered.case_of(CONFIG.data, split="validation", index=0, frames=13).target
+    target = rendered.case_of(CONFIG.data, split="validation", index=0, frames=12).target
     text = np.zeros((model.text_tokens, model.text_width), np.float32), np.zeros(model.pooled_width, np.float32)
     return params, Frozen(fit_linear(CONFIG.autoencoder, target), position_table(model), *text)
 
 
 def test_a_batch_is_animated_as_one_clip_is(weights):
-    case = rendered.case_of(CONFIG.data, split="validation", index=1, frames=12)  # 11 frames: two windows of 4, and 3 of a third
+    case = rendered.case_of(CONFIG.data, split="validation", index=1, frames=11)  # 11 frames: two windows of 4, and 3 of a third
     key, done = jax.random.key(5), []
     models = rendered.make_models(CONFIG, *weights, progress=done.append)
     batch = models.animate(case.source[None], case.driving[None], key)
@@ -240,7 +251,7 @@ def test_the_command_prints_the_table_and_its_last_line_is_json(weights, tmp_pat
     checkpoint.save_frozen(tmp_path / "run", frozen)
     files = {name: tmp_path / f"it.{name}" for name in ("json", "png", "gif")}
     rendered.main(
-        ["--checkpoint", str(tmp_path / "run"), "--split", "validation", "--clips", "2", "--frames", "13", "--batch", "1", "--steps", "2"]
+        ["--checkpoint", str(tmp_path / "run"), "--split", "validation", "--clips", "2", "--frames", "12", "--batch", "1", "--steps", "2"]
         + ["--guidance", "1", "1", "1", "--json", str(files["json"]), "--sheet", str(files["png"]), "--animation", str(files["gif"])]
     )
     lines = capsys.readouterr().out.splitlines()
@@ -267,11 +278,11 @@ def test_every_clip_is_measured_once_whatever_the_batch(weights, tmp_path, capsy
 
     monkeypatch.setattr(rendered, "make_models", lambda *_, progress: rendered.Models(copy, lambda frames: frames ^ 1))
     path = tmp_path / "figures.json"
-    rendered.main(["--checkpoint", str(tmp_path), "--clips", "3", "--frames", "13", "--batch", "2", "--json", str(path)])
+    rendered.main(["--checkpoint", str(tmp_path), "--clips", "3", "--frames", "12", "--batch", "2", "--json", str(path)])
     clips = json.loads(path.read_text())["per_clip"]
     assert sizes == [2, 2] and [clip["psnr_gain"] for clip in clips] == [0, 0, 0]
     for index, clip in enumerate(clips):
-        case = rendered.case_of(CONFIG.data, split="test", index=index, frames=13)
+        case = rendered.case_of(CONFIG.data, split="test", index=index, frames=12)
         copied = np.broadcast_to(case.source, case.target.shape)
         assert clip["psnr"] == pytest.approx(metrics.psnr(copied, case.target).mean())
 
@@ -300,5 +311,5 @@ def test_too_few_frames_for_generated_history_to_count(weights, tmp_path, capsys
     checkpoint.save_tree(tmp_path / checkpoint.WEIGHTS, weights[0])
     checkpoint.save_frozen(tmp_path, weights[1])
     with pytest.raises(SystemExit):
-        rendered.main(["--checkpoint", str(tmp_path), "--frames", "12"])
-    assert "--frames 12 must be at least 13" in capsys.readouterr().err
+        rendered.main(["--checkpoint", str(tmp_path), "--frames", "11"])
+    assert "--frames 11 must be at least 12" in capsys.readouterr().err

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from conftest import CHEAP, ROOT, saved_state
 
+from svdp_jax import processes
+
 pytestmark = pytest.mark.slow  # minutes each; that what SIGTERM stops goes on as the same run is tested in test_train_cli.py, always
 
 STEPS = 48
@@ -85,11 +87,11 @@ def test_a_run_that_is_killed_is_the_same_run(start, straight, tmp_path, kills):
     assert_same_run(workdir, straight)
 
 
-def test_sigterm_saves_and_ends_well(start, straight, tmp_path):
+def test_sigterm_saves_and_asks_to_be_started_again(start, straight, tmp_path):
     process = start(tmp_path / "run")
     wait_for_step(process, tmp_path / "run", 4)
     process.send_signal(signal.SIGTERM)
-    said = ended(process)
+    said = ended(process, status=processes.AGAIN)
     last = lines(tmp_path / "run")[-1]["step"]
     assert 4 <= last < STEPS and f"step {last}: " in said.splitlines()[-1]
     assert max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()) == last
@@ -154,36 +156,44 @@ def test_two_processes_are_one(start, alone, tmp_path):
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_process_that_is_lost_ends_the_other_and_both_go_on(start, alone, tmp_path, lost):
     workdir = tmp_path / "run"
-    processes = start_two(start, workdir)
-    wait_for_step(processes[lost], workdir, 7)
-    processes[lost].kill()
+    both = start_two(start, workdir)
+    wait_for_step(both[lost], workdir, 7)
+    both[lost].kill()
     begun = time.monotonic()
-    said, _ = processes[1 - lost].communicate(timeout=60)
+    said, _ = both[1 - lost].communicate(timeout=60)
     print(f"the other ended after {time.monotonic() - begun:.1f} s, saying: {said.strip().splitlines()[-1]}")
-    assert processes[1 - lost].returncode not in (0, None) and said.strip()
+    assert both[1 - lost].returncode not in (0, None) and said.strip()
     for process in start_two(start, workdir):
         ended(process)
     assert_close_losses(workdir, alone)
 
 
 def test_a_process_that_cannot_begin_ends_the_other(start, tmp_path):
-    processes = start_two(start, tmp_path / "run", each=lambda number: ["--data.path", tmp_path / "nowhere"] if number else [])
-    said = [process.communicate(timeout=90)[0] for process in processes]
-    assert processes[1].returncode == 2 and f"{tmp_path / 'nowhere'}" in said[1].strip().splitlines()[-1]
-    assert processes[0].returncode not in (0, None) and said[0].strip()
+    both = start_two(start, tmp_path / "run", each=lambda number: ["--data.path", tmp_path / "nowhere"] if number else [])
+    said = [process.communicate(timeout=90)[0] for process in both]
+    assert both[1].returncode == 2 and f"{tmp_path / 'nowhere'}" in said[1].strip().splitlines()[-1]
+    assert both[0].returncode not in (0, None) and said[0].strip()
 
 
 def test_sigterm_to_one_process_stops_both_behind_the_same_step(start, alone, tmp_path):
     workdir = tmp_path / "run"
-    processes = start_two(start, workdir)
-    wait_for_step(processes[0], workdir, 4)
-    processes[1].send_signal(signal.SIGTERM)
-    for process in processes:
-        ended(process)
+    both = start_two(start, workdir)
+    wait_for_step(both[0], workdir, 4)
+    both[1].send_signal(signal.SIGTERM)
+    for process in both:
+        ended(process, status=processes.AGAIN)
     assert lines(workdir)[-1]["step"] < STEPS
     for process in start_two(start, workdir):
         ended(process)
     assert_close_losses(workdir, alone)
+
+
+def test_processes_that_do_not_share_a_workdir_are_told(start, tmp_path):
+    address = f"127.0.0.1:{port()}"
+    joined = ["--coordinator", address, "--processes", 2, "--heartbeat", 10]
+    alone = [start(tmp_path / f"of{number}", *TWO, *joined, "--process", number, devices=4) for number in range(2)]
+    for process in alone:
+        assert "is not one directory to all processes: process 1 cannot see" in ended(process, status=2)
 
 
 def test_a_run_goes_on_with_another_mesh(start, alone, tmp_path):

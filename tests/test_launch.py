@@ -10,7 +10,7 @@ import yaml
 from conftest import ROOT
 
 COMMANDS = {
-    "slurm.sbatch": r"python train\.py \"\$@\"' train \\\n(.*?) \"\$@\"\n",
+    "slurm.sbatch": r"python train\.py \"\$@\"' train \\\n(.*?) \"\$@\" \|\| status",
     "gke_jobset.yaml": None,
     "README.md": r"(?:&& |\")python train\.py (.*?)\"",
 }
@@ -43,6 +43,16 @@ def test_command_lines_are_those_of_train(name, monkeypatch):
 
 def test_the_slurm_script_is_bash():
     subprocess.run(["bash", "-n", ROOT / "launch" / "slurm.sbatch"], check=True)
+
+
+@pytest.mark.parametrize(("status", "queued_again"), [(0, False), (75, True), (1, False)])
+def test_the_slurm_script_is_queued_again_where_the_run_asks_for_it(tmp_path, status, queued_again):
+    for name, does in ("srun", f"exit {status}"), ("scontrol", f"echo $@ > {tmp_path / 'said'}"):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_CPUS_PER_TASK": "12", "SLURM_JOB_ID": "5"}
+    done = subprocess.run(["bash", ROOT / "launch" / "slurm.sbatch", "config.py", "gs://bucket/run"], env=variables)
+    assert done.returncode == status and (tmp_path / "said").exists() == queued_again
 
 
 def test_the_jobset_has_as_many_processes_as_pods():

@@ -1,5 +1,6 @@
 """The plan: targets, rows, and what it says to users."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -7,12 +8,14 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
-from svdp_jax.config import ConfigError, load_config
+from svdp_jax.config import ConfigError, load_config, to_dict
+from svdp_jax.files import MediaError
 from svdp_jax.models import flops
 from svdp_jax.plan import __main__ as plan
-from svdp_jax.plan import advice, cache, picture, programs, rows, targets
+from svdp_jax.plan import advice, cache, child, picture, programs, rows, targets
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny.py"
@@ -62,6 +65,47 @@ def test_the_name_of_a_program_is_that_of_all_that_its_row_depends_on(monkeypatc
 def test_between_two_groups_only_data_travels(strategy, mesh):
     config = programs.config_for(load_config(TINY), strategy, count=8, groups=2, program="train", batch=1, remat="none")
     assert {axis: getattr(config.mesh, axis) for axis in mesh} == mesh and config.train.batch == 8
+
+
+@pytest.mark.parametrize(
+    ("strategy", "count", "groups", "said"),
+    [
+        ("fsdp_context_tensor", 2, 1, "fsdp_context_tensor needs a multiple of 4 devices, and there are 2"),
+        ("fsdp_context", 9, 1, "fsdp_context needs a multiple of 2 devices, and there are 9"),
+        ("fsdp_context:16", 16, 2, "fsdp_context:16 needs a multiple of 16 devices in each slice or host, and there are 8"),
+    ],
+)
+def test_devices_that_do_not_make_up_the_inner_axes_are_counted(strategy, count, groups, said):
+    with pytest.raises(ConfigError, match=f"^{said}$"):
+        programs.config_for(load_config(TINY), strategy, count=count, groups=groups, program="train", batch=1, remat="none")
+
+
+def test_without_history_its_pass_and_its_share_of_a_step_are_not_planned():
+    config = load_config(TINY)
+    one = dataclasses.replace(config.model, depth=1, dual_blocks=0)
+    config = dataclasses.replace(config, model=one, data=dataclasses.replace(config.data, history=0))
+    shape = {"frames": config.data.frames, "history": 0, "tokens": config.grid**2}
+    lowered = {}
+    for program in programs.LOWER:
+        given = programs.config_for(config, "dp", count=1, groups=1, program=program, batch=2, remat="none")
+        lowered[program] = programs.LOWER[program](given, jax.devices()[:1], "cpu")
+    passes = [flops.forward(config.model, **shape, level=level).total for level in range(3)]
+    assert lowered["train"].flops == 3 * 2 * passes[2] and lowered["sample"].flops == sum(passes)
+
+
+@pytest.mark.parametrize(
+    ("said", "fits", "ended"),
+    [("RESOURCE_EXHAUSTED: total memory required is 20.00G", False, False), ("INTERNAL: ptxas was not found", None, True)],
+)
+def test_of_what_a_compiler_complains_of_only_too_little_memory_is_an_answer(monkeypatch, tmp_path, said, fits, ended):
+    def complain(*_):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setitem(programs.LOWER, "train", complain)
+    asked = rows.Request(load_config(TINY), targets.parse("cpu:1"), "dp", "train", 1, "none")
+    row = child.main({"config": to_dict(asked.config), "directory": str(tmp_path), **asked.named}, tmp_path)
+    assert row["fits"] is fits and row.get("ended", False) is ended and said in row["reason"]
+    assert row.get("memory", {}).get("needed") == (20 * 2**30 if fits is False else None)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +186,13 @@ def test_what_cannot_be_laid_out_is_a_row_with_its_reason(tmp_path):
     assert "does not divide" in row["reason"]
 
 
+def test_where_rows_cannot_be_kept_is_said_before_anything_is_compiled(tmp_path):
+    (tmp_path / "file").write_text("no directory")
+    request = rows.Request(load_config(TINY), targets.parse("cpu:1"), "dp", "train", 1, "none")
+    with pytest.raises(MediaError, match="set XDG_CACHE_HOME to a directory that can be written"):
+        next(rows.fill([request], limits=rows.Limits(), directory=tmp_path / "file" / "plan"))
+
+
 # ------------------------------------------------------------------------------------------------------------------ what is said
 
 
@@ -178,6 +229,7 @@ def test_batches_are_compared_by_sample_and_a_smaller_one_is_a_smaller_change_th
 def test_a_picture_shows_all_rows(tmp_path):
     picture.draw([made_up("dp", total=40e9), made_up("fsdp", total=9e9)], tmp_path / "rows.png")
     assert (tmp_path / "rows.png").stat().st_size > 10_000
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.png"]
 
 
 @pytest.mark.parametrize(
@@ -199,11 +251,54 @@ def test_a_mistake_is_one_line_before_anything_is_compiled(python, flags, said):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and said in done.stderr
 
 
-def test_json_has_the_rows_and_the_terminal_a_table(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(rows, "fill", lambda requests, limits, jobs: ((made_up(request.strategy, total=9e9), True) for request in requests))
-    monkeypatch.setattr("sys.argv", ["plan", "--config", str(TINY), "--target", "cpu:8", "--strategies", "dp,fsdp", "--json", str(tmp_path / "rows.json")])
-    monkeypatch.setattr(targets, "parse", lambda _: targets.Target("v5e:2x4", "cpu", "v5e", 8, 1, "v5e:2x4"))
-    plan.main()
+@pytest.fixture
+def planned(monkeypatch):
+    """Runs the command for made-up v5e devices, with flags and the rows that come of it, which no compiler sees: planned(rows, *flags)."""
+
+    def call(found, *flags):
+        monkeypatch.setattr(rows, "fill", lambda requests, limits, jobs: ((row, True) for row in found))
+        monkeypatch.setattr("sys.argv", ["plan", "--config", str(TINY), "--target", "v5e:2x4", *map(str, flags)])
+        monkeypatch.setattr(targets, "check_installed", lambda target: None)
+        plan.main()
+
+    return call
+
+
+def test_json_has_the_rows_and_the_terminal_a_table(planned, capsys, tmp_path):
+    planned([made_up("dp", total=9e9), made_up("fsdp", total=9e9)], "--strategies", "dp,fsdp", "--json", tmp_path / "rows.json")
     assert [row["strategy"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]] == ["dp", "fsdp"]
     assert "Best: dp" in capsys.readouterr().out
 
+
+def refused(fits, reason):
+    named = {name: value for name, value in made_up("dp", total=0).items() if name in ("target", "strategy", "remat", "program", "batch")}
+    return named | {"fits": fits, "reason": reason, "memory": {"needed": None}}
+
+
+def test_without_a_row_that_tells_anything_the_exit_status_is_1_and_what_does_not_fit_tells_something(planned, capsys, tmp_path):
+    with pytest.raises(SystemExit, match="error: of 1 rows none was compiled"):
+        planned([refused(None, "INTERNAL: no such thing")], "--strategies", "dp")
+    planned([refused(False, "RESOURCE_EXHAUSTED: too large")], "--strategies", "dp", "--plot", tmp_path / "rows.png")
+    assert "there is nothing to draw" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--program", "sample", "--strategies", "fsdp"], "--strategies fsdp is of training steps"),
+        (["--program", "sample", "--remat", "full"], "--remat full is of training steps"),
+        (["--program", "sample", "--batch-per-device", "all"], "--batch-per-device all is of training steps"),
+        (["--json", "nowhere/rows.json"], "--json nowhere/rows.json: there is no directory nowhere"),
+        (["--plot", "."], "--plot . is a directory"),
+        (["--plot", "rows.docx"], r"--plot rows.docx: its name must end in one of .*\.png"),
+    ],
+)
+def test_what_is_not_for_sampling_and_what_cannot_be_written_is_said_before_anything_is_compiled(planned, flags, said):
+    with pytest.raises(ConfigError, match=said):
+        planned([], *flags)
+
+
+def test_that_matplotlib_is_missing_is_said_before_anything_is_compiled(planned, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    with pytest.raises(ConfigError, match="--plot needs matplotlib"):
+        planned([], "--plot", "rows.png")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -9,6 +10,7 @@ from fractions import Fraction
 import imageio.v3 as iio
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from svdp_jax.config import ConfigError
 from svdp_jax.data import clips, detectors, synthetic, video
@@ -78,12 +80,15 @@ def test_what_cannot_be_crossed_is_said(tmp_path):
 
 
 def test_a_person_of_several_videos_is_told_by_their_names(videos, tmp_path):
-    for name in ("RD_1.mp4", "RD_2.mp4", "WRA_1.mp4"):
-        (tmp_path / name).write_bytes((videos / "person0.mp4").read_bytes())
-    assert [one.person for one in protocol.of_videos(tmp_path, None, "[^_]+")] == ["RD", "RD", "WRA"]
-    assert [one.person for one in protocol.of_videos(tmp_path, None)] == ["RD_1", "RD_2", "WRA_1"]
-    with pytest.raises(ConfigError, match="finds nobody in the name of RD_1.mp4"):
-        protocol.of_videos(tmp_path, None, "W")
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    of_hdtf = re.search(r"--person '(RD_[^']+)'", page)[1].replace("\\|", "|")  # in a table
+    for name in ("RD_Radio1_000", "RD_Radio11_000", "WDA_BobCasey0_000", "WDA_BobCasey1_003", "WRA_AdamKinzinger0_000"):
+        (tmp_path / f"{name}.mp4").write_bytes((videos / "person0.mp4").read_bytes())
+    found = [one.person for one in protocol.of_videos(tmp_path, None, of_hdtf)]
+    assert found == ["RD_Radio11", "RD_Radio1", "WDA_BobCasey", "WDA_BobCasey", "WRA_AdamKinzinger"]
+    assert len({one.person for one in protocol.of_videos(tmp_path, None)}) == 5
+    with pytest.raises(ConfigError, match="finds nobody in the name of RD_Radio11_000.mp4"):
+        protocol.of_videos(tmp_path, None, "W|RD_Radio1_")
 
 
 @pytest.mark.slow

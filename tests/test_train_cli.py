@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import CHEAP, ROOT, saved_state
 
-from svdp_jax import checkpoint, journal, pipeline, train_state
+from svdp_jax import checkpoint, journal, pipeline, processes, train_state
 
 
 def metrics_of(workdir):
@@ -38,10 +38,10 @@ def test_sigterm_saves_and_what_goes_on_is_the_same_run_bit_for_bit(workdir, tra
     add = journal.Journal.add
     with monkeypatch.context() as patch:
         patch.setattr(journal.Journal, "add", lambda self, step, *rest: step == 2 and os.kill(os.getpid(), signal.SIGTERM) or add(self, step, *rest))
-        train_tiny(tmp_path / "run")
+        assert train_tiny(tmp_path / "run") == processes.AGAIN
     saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
     assert 3 <= max(saved) <= 5 and f"step {max(saved)}: " in capsys.readouterr().out.splitlines()[-1]
-    train_tiny(tmp_path / "run")
+    assert train_tiny(tmp_path / "run") == 0
     straight, again = (saved_state(path, 8) for path in (workdir, tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, straight, again)
     for one, other in zip(metrics_of(workdir), metrics_of(tmp_path / "run"), strict=True):
@@ -100,6 +100,18 @@ def test_training_says_on_one_line_what_is_missing(script, tmp_path, monkeypatch
     (line,) = err.splitlines()
     assert status == 2
     assert line.startswith("error: ") and named in line
+
+
+def test_a_run_that_is_behind_its_end_already_is_left_alone(train, workdir):
+    before = (workdir / "config.json").read_bytes()
+    status, _, err = train(workdir, "--train.steps", 6)
+    assert status == 2 and "has 8 steps behind it: train.steps=6 is before that" in err and (workdir / "config.json").read_bytes() == before
+
+
+def test_what_is_trained_can_be_read_anywhere(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = script("train.py", "--help")
+    assert status == 0 and "--train.steps" in out
 
 
 def test_a_run_starts_from_a_checkpoint(workdir, train_tiny, tmp_path):

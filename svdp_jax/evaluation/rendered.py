@@ -3,8 +3,9 @@
     python -m svdp_jax.evaluation.rendered --checkpoint DIR [--split test] [--clips 32] [--sheet PNG] [--animation GIF]
 
 In: weights, and pairs of a held-out split: a person animated by another, both drawn in the same motion, rendered and shrunk as
-the training records are. The source is the last frame; all others are driven, masked, in windows with generated history.
-Out: a table with targets, and as last line its figures as JSON.
+the training records are. The source is a frame two seconds behind the clip, so that no window is nearer to it than another; all frames of
+the clip are driven, masked, in windows with generated history.
+Out: a table with targets, each mean with its standard error over clips, and as last line its figures as JSON.
 
     psnr              dB of whole frames, mean over the frames of a clip          copy: of showing the source throughout
     regions           dB of eyes, nose and mouth, from a clip's mean square error there
@@ -29,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import json
 import pathlib
 import platform
@@ -54,6 +56,7 @@ from svdp_jax.types import Frozen
 
 RENDERED = 128  # pixels at which the records of training are drawn, before they are shrunk to data.size
 WINDOWS = 3  # at least, so that history made from generated history counts
+AWAY = 50  # frames from a clip to its source: half a turn of the slowest motions and more
 COLUMNS = 8  # frames of a contact sheet
 MADE = f"synthesised: this shows events that did not happen (svdp_jax {svdp_jax.__version__})"
 
@@ -99,11 +102,14 @@ class Case(NamedTuple):
 
 
 def case_of(data: DataConfig, *, split: synthetic.Split, index: int, frames: int, style: str | None = None) -> Case:
-    """Pair number `index`, N = frames - 1, drawn in its own style or another."""
-    clip = synthetic.pair(split, index, frames=frames, size=max(RENDERED, data.size), style=style)
+    """Pair number `index`, drawn in its own style or another; N = `frames`, and the source is AWAY behind the last of them."""
+    clip = synthetic.pair(split, index, frames=frames + AWAY, size=max(RENDERED, data.size), style=style)
+    kept = [*range(frames), frames + AWAY - 1]
+    arrays = {name: getattr(clip, name)[kept] for name in ("target", "driver", "target_landmarks", "driver_landmarks")}
+    clip = clip._replace(**arrays)
     scale = data.size / clip.target.shape[1]
     landmarks = (clip.target_landmarks[:-1] + 0.5) * scale - 0.5  # pixel centres are integers
-    moves = synthetic.motion(synthetic.split_seed(split, index, "motion"), frames - 1)
+    moves = synthetic.motion(synthetic.split_seed(split, index, "motion"), frames)
     drawn = drawing.STYLES[style or synthetic.identity(synthetic.split_seed(split, 2 * index, "identity")).drawing]
     boxes = faces.regions(landmarks, margin=data.region_margin)
     driver = loader.whole_clip(clip._replace(target=clip.driver), data)[2]
@@ -203,12 +209,13 @@ def motion_of(
 
 
 def summary(clips: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """Figure -> mean, median and quartiles over the clips; target and whether the mean meets it, where there is one."""
+    """Figure -> mean, its standard error, median and quartiles over the clips; target and whether the mean meets it, where there is one."""
     rows = {}
     for name, (_, target, sign) in ROWS.items():
         values = [clip[name] for clip in clips]
         quarter, median, three_quarters = (float(value) for value in np.percentile(values, [25, 50, 75]))
-        rows[name] = {"mean": float(np.mean(values)), "median": median, "quartiles": [quarter, three_quarters]}
+        error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+        rows[name] = {"mean": float(np.mean(values)), "standard_error": error, "median": median, "quartiles": [quarter, three_quarters]}
         if target is not None:
             rows[name] |= {"target": target, "met": bool(sign * rows[name]["mean"] >= sign * target)}
     return rows
@@ -216,12 +223,13 @@ def summary(clips: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """The summary as text, one line per figure."""
-    lines = [f"{'':<34}{'mean':>8}{'median':>8}   {'quartiles':<16}{'target':<9}"]
+    lines = [f"{'':<34}{'mean':>8}{'+-':>6}{'median':>8}   {'quartiles':<16}{'target':<9}"]
     for name, (title, target, sign) in ROWS.items():
         row = rows[name]
         low, high = row["quartiles"]
         aim, verdict = ("", "") if target is None else (f"{'>=' if sign > 0 else '<='} {target:g}", "pass" if row["met"] else "FAIL")
-        lines.append(f"{title:<34}{row['mean']:>8.2f}{row['median']:>8.2f}   {f'{low:.2f} .. {high:.2f}':<16}{aim:<9}{verdict}".rstrip())
+        error = "" if row["standard_error"] is None else f"{row['standard_error']:.2f}"
+        lines.append(f"{title:<34}{row['mean']:>8.2f}{error:>6}{row['median']:>8.2f}   {f'{low:.2f} .. {high:.2f}':<16}{aim:<9}{verdict}".rstrip())
     return "\n".join(lines)
 
 
@@ -285,12 +293,11 @@ def evaluate(flags: argparse.Namespace) -> None:
     given = {name: value for name, value in chosen.items() if value is not None}
     config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **given))
     window = config.data.frames
-    if flags.frames < WINDOWS * window + 1:
-        need = f"{WINDOWS} windows of data.frames={window} and the source"
-        raise ConfigError(f"--frames {flags.frames} must be at least {WINDOWS * window + 1}: {need}")
+    if flags.frames < WINDOWS * window:
+        raise ConfigError(f"--frames {flags.frames} must be at least {WINDOWS * window}: {WINDOWS} windows of data.frames={window}")
 
     started, batches = time.perf_counter(), -(-flags.clips // flags.batch)
-    steps = batches * -(-(flags.frames - 1) // window) * config.sample.steps
+    steps = batches * -(-flags.frames // window) * config.sample.steps
     cases, outputs, clips, errors = [], [], [], []
     with tqdm(total=steps, unit="step", desc=f"{flags.clips} clips of {flags.split}", dynamic_ncols=True) as bar:
         models = make_models(config, params, frozen, progress=bar.update)
@@ -312,7 +319,7 @@ def evaluate(flags: argparse.Namespace) -> None:
     asked = {"split": flags.split, "style": flags.style, "clips": flags.clips, "frames": flags.frames, "batch": flags.batch}
     how = f"{sampling['steps']} steps, guidance {sampling['guidance']}"
     people = f"split {flags.split}" + (f", drawn in the style {flags.style}" if flags.style else "")
-    print(f"{config.name}: {flags.clips} clips of {flags.frames - 1} driven frames, {people}; {how}")
+    print(f"{config.name}: {flags.clips} clips of {flags.frames} driven frames, {people}; {how}")
     print(table(rows))
     print(f"clips by PSNR: {', '.join(f'{name} {clip}' for name, clip in named.items())}; targets are for the mean; {seconds:.0f} s")
     if flags.sheet:
@@ -324,7 +331,7 @@ def evaluate(flags: argparse.Namespace) -> None:
     device = jax.devices()[0]
     versions = {"svdp_jax": svdp_jax.__version__, "jax": jax.__version__, "numpy": np.__version__, "python": platform.python_version()}
     record = {
-        "config": config.name, **asked, "sampling": sampling, "device": f"{device.platform}: {device.device_kind}", "versions": versions,
+        "config": config.name, "weights": checkpoint.fingerprint(flags.checkpoint), "date": datetime.date.today().isoformat(), **asked, "sampling": sampling, "device": f"{device.platform}: {device.device_kind}", "versions": versions,
         "seconds": round(seconds, 1), "by_psnr": named, "figures": rows, "error_by_window": np.mean(errors, axis=0).tolist(),
     }  # fmt: skip
     if flags.json:
@@ -358,7 +365,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="people and motions never trained on")
     parser.add_argument("--style", choices=list(drawing.STYLES), help=f"of drawing, for all people (default: each its own of {', '.join(drawing.TRAINED)}, which are trained on)")
     parser.add_argument("--clips", type=int, default=32, help="pairs of people")
-    parser.add_argument("--frames", type=int, default=40, help="per clip, the last of which is the source")
+    parser.add_argument("--frames", type=int, default=40, help="per clip, all of them driven; in whole windows, where figures of windows are to count all")
     parser.add_argument("--steps", type=int, help="denoising steps per window (default: the checkpoint's)")
     parser.add_argument("--guidance", type=float, nargs=3, help="weights of source, driving and history (default: the checkpoint's)")
     parser.add_argument("--batch", type=int, default=8, help="clips animated at once; the noise of a clip depends on it")

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
@@ -33,7 +34,7 @@ Backend = Literal["auto", "plain", "chunked", "cudnn", "pallas"]
 # chunks of that size is twice as fast as one large matrix; accelerators have room for 256 MB and pay for each step.
 PLAIN_SCORES_CPU = 1 << 20
 PLAIN_SCORES = 1 << 26
-CHUNKS = 256  # "chunked" holds about one part in so many of the scores at a time, but no less than PLAIN_SCORES_CPU
+CHUNKS = 256  # "chunked" holds about one part in so many of the scores at a time, but no less than may stand in memory all at once
 SHORT_KEYS = 128  # one tile of a flash kernel: below it, padding costs more than the kernel saves
 TPU_BLOCK = 512
 TPU_LANES = 128
@@ -63,7 +64,7 @@ def attention(
     if q.ndim != 5 or k.shape != v.shape or q.shape[:2] + q.shape[3:] != k.shape[:2] + k.shape[3:]:
         raise ValueError(f"attention wants q [B,G,Q,N,H] and k, v [B,G,K,N,H]; got q {q.shape}, k {k.shape}, v {v.shape}")
     if backend == "auto":
-        backend = choose_backend(_platform.get() or jax.default_backend(), q.shape, k.shape, q.dtype)
+        backend = choose_backend(_where(), q.shape, k.shape, q.dtype)
     if backend not in get_args(Backend):
         raise ValueError(f"unknown attention backend {backend!r}; choose one of {', '.join(get_args(Backend))}")
     if backend == "cudnn" and not _fits_cudnn(q.shape[-1], q.dtype):
@@ -88,16 +89,29 @@ def compiling_for(platform: str) -> Iterator[None]:
 
 
 def choose_backend(platform: str, q_shape: Sequence[int], k_shape: Sequence[int], dtype: DTypeLike) -> Backend:
-    """The backend for q [B, G, Q, N, H] and k [B, G, K, N, H] on a platform: "cpu", "gpu" (or "cuda"), "tpu"."""
+    """The backend for q [B, G, Q, N, H] and k [B, G, K, N, H] on a platform: "cpu", "cuda", "tpu", or another GPU's, for which there is no kernel here."""
     batch, groups, queries, heads, head_size = q_shape
     keys = k_shape[2]
     if keys >= SHORT_KEYS:
-        if platform in ("gpu", "cuda") and _fits_cudnn(head_size, dtype):
+        if platform == "cuda" and _fits_cudnn(head_size, dtype):
             return "cudnn"
         if platform == "tpu":
             return "pallas"
-    limit = PLAIN_SCORES_CPU if platform == "cpu" else PLAIN_SCORES
-    return "plain" if batch * groups * heads * queries * keys <= limit else "chunked"
+    return "plain" if batch * groups * heads * queries * keys <= _at_once(platform) else "chunked"
+
+
+def _where() -> str:
+    """The platform of `compiling_for`, or of the device JAX runs on: "cuda" if that has cuDNN's attention in bfloat16, as NVIDIA's have since Ampere."""
+    if platform := _platform.get():
+        return platform
+    device = jax.devices()[0]
+    capability = re.fullmatch(r"(\d+)\.\d+", getattr(device, "compute_capability", ""))  # of AMD's: gfx90a and the like
+    return "cuda" if capability and int(capability[1]) >= 8 else device.platform
+
+
+def _at_once(platform: str) -> int:
+    """Scores up to which they stand in memory all at once."""
+    return PLAIN_SCORES_CPU if platform == "cpu" else PLAIN_SCORES
 
 
 def _fits_cudnn(head_size: int, dtype: DTypeLike) -> bool:
@@ -143,7 +157,7 @@ def _chunked(q: Array, k: Array, v: Array, lengths: Array | None) -> Array:
     """
     batch, groups, queries, heads, head_size = q.shape
     keys, rows = k.shape[2], batch * groups * heads
-    budget = max(PLAIN_SCORES_CPU, rows * queries * keys // CHUNKS)
+    budget = max(_at_once(_where()), rows * queries * keys // CHUNKS)
     together = max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * queries * keys <= budget))
     parts = math.ceil(queries / max(1, budget // (together * keys)))
     chunk = math.ceil(queries / parts)

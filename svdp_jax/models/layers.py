@@ -39,8 +39,8 @@ def rms_norm(x: Float[Array, "*lead H"], scale: Float[Array, "H"]) -> Float[Arra
 
 
 def modulate(x: Float[Array, "B F S D"], shift: Float[Array, "B 1 1 D"], scale: Float[Array, "B 1 1 D"]) -> Float[Array, "B F S D"]:
-    """The adaLN formula."""
-    return x * (1 + scale) + shift
+    """The adaLN formula, in the type of `x`."""
+    return x * (1 + scale.astype(x.dtype)) + shift
 
 
 def sinusoid(numbers: Num[Array, "*lead"], frequencies: int) -> Float[Array, "*lead E"]:

@@ -3,7 +3,7 @@
     python -m svdp_jax.plan --config configs/svdp_sd35m.py --target v5p:2x2x2 --target h100x8
 
 Says of each strategy whether it fits and by how much, what a device holds, computes, moves and sends, and how long a step takes at least. Rows are kept in
-the user's cache directory until config, code or compiler change.
+the user's cache directory until config, code or compiler change. Exit status 1 if no row was compiled, and none was found not to fit.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ def main() -> None:
     parser = cli.ArgumentParser(prog="python -m svdp_jax.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=pathlib.Path, required=True, help="as of train.py")
     parser.add_argument("--target", action="append", required=True, help="v5p:2x2x2, 2xv5e:8x8 (two slices), h100x8, h200x16, cpu:8; may be given again")
-    parser.add_argument("--strategies", default="all", help=f"of {', '.join(STRATEGIES)}; inner axes have 2 devices, or as many as fsdp_context:4 or fsdp_context_tensor:4:2 say")
+    parser.add_argument("--strategies", help=f"of {', '.join(STRATEGIES)}; inner axes have 2 devices, or as many as fsdp_context:4 or fsdp_context_tensor:4:2 say (default: all)")
     parser.add_argument("--remat", help=f"of {', '.join(get_args(Remat))}; several, with commas, are compared (default: the config's)")
-    parser.add_argument("--batch-per-device", default="1", help="samples of a training step by the number of devices, as 2 or 0.25; several, with commas, are compared (default: %(default)s)")
+    parser.add_argument("--batch-per-device", help="samples of a training step by the number of devices, as 2 or 0.25; several, with commas, are compared (default: 1)")
     parser.add_argument("--program", choices=["train", "sample"], default="train", help="a training step with history, or a denoising step, for which devices share frames")
     parser.add_argument("--jobs", type=int, default=1, help="compilations at once; one takes a core or two, and up to --memory (default: %(default)s)")
     parser.add_argument("--json", type=pathlib.Path, help="write all rows here")
-    parser.add_argument("--plot", type=pathlib.Path, help="write a picture of memory and time here (PNG)")
+    parser.add_argument("--plot", type=pathlib.Path, help="write a picture of memory and time here (.png, .pdf, .svg, ...)")
     parser.add_argument("--memory", type=float, default=rows.Limits().memory, help="GB of this machine that one compilation may take (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=rows.Limits().seconds, help="that one compilation may take (default: %(default)s)")
     flags = parser.parse_args()
 
+    check_places(flags)
     asked = requests(flags)
     found, filling = [], rows.fill(asked, limits=rows.Limits(flags.memory, flags.seconds), jobs=flags.jobs)
     with tqdm(total=len(asked), unit="row", dynamic_ncols=True) as bar, contextlib.closing(filling) as filled:
@@ -62,8 +63,24 @@ def main() -> None:
     if flags.json:
         with files.whole(flags.json) as partial:
             partial.write_text(json.dumps({"rows": found}, indent=1) + "\n")
+    compiled = [row for row in found if "compile_seconds" in row]
+    if flags.plot and compiled:
+        picture.draw(compiled, flags.plot)
+    elif flags.plot:
+        print("--plot: no row was compiled, so that there is nothing to draw", file=sys.stderr)
+    if not compiled and not any(row["fits"] is False for row in found):
+        sys.exit(f"error: of {len(found)} rows none was compiled")
+
+
+def check_places(flags: argparse.Namespace) -> None:
+    """ConfigError where what is found out could not be written in the end."""
+    for flag, path in ("--json", flags.json), ("--plot", flags.plot):
+        if path and path.is_dir():
+            raise ConfigError(f"{flag} {path} is a directory: give a file")
+        if path and not path.parent.is_dir():
+            raise ConfigError(f"{flag} {path}: there is no directory {path.parent}")
     if flags.plot:
-        picture.draw(found, flags.plot)
+        picture.check(flags.plot)
 
 
 def requests(flags: argparse.Namespace) -> list[rows.Request]:
@@ -72,18 +89,21 @@ def requests(flags: argparse.Namespace) -> list[rows.Request]:
     chosen = [targets.parse(name) for name in dict.fromkeys(flags.target)]
     for target in chosen:
         targets.check_installed(target)
-    remats = list(dict.fromkeys((flags.remat or config.train.remat).split(","))) if flags.program == "train" else ["none"]
-    if unknown := set(remats) - set(get_args(Remat)):
-        raise ConfigError(f"--remat {', '.join(sorted(unknown))}: there is {', '.join(get_args(Remat))}")
-    names = list(STRATEGIES) if flags.strategies == "all" else list(dict.fromkeys(flags.strategies.split(",")))
-    if flags.program == "sample":
-        names = ["context"]
-    else:
-        for name in names:
-            advice.check_strategy(name)
     if flags.jobs < 1:
         raise ConfigError(f"--jobs {flags.jobs} must be at least 1")
-    batches = batches_per_device(flags.batch_per_device, chosen) if flags.program == "train" else [1.0]
+    if flags.program == "sample":
+        for flag, value in ("--strategies", flags.strategies), ("--remat", flags.remat), ("--batch-per-device", flags.batch_per_device):
+            if value is not None:
+                raise ConfigError(f"{flag} {value} is of training steps: with --program sample, devices share the frames of one portrait")
+        names, batches, remats = ["context"], [1.0], ["none"]
+    else:
+        names = list(STRATEGIES) if flags.strategies in (None, "all") else list(dict.fromkeys(flags.strategies.split(",")))
+        for name in names:
+            advice.check_strategy(name)
+        batches = batches_per_device("1" if flags.batch_per_device is None else flags.batch_per_device, chosen)
+        remats = list(dict.fromkeys((flags.remat or config.train.remat).split(",")))
+        if unknown := set(remats) - set(get_args(Remat)):
+            raise ConfigError(f"--remat {', '.join(sorted(unknown))}: there is {', '.join(get_args(Remat))}")
     return [rows.Request(config, target, name, flags.program, batch, remat) for target in chosen for name in names for batch in batches for remat in remats]
 
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ from svdp_jax import files
 PACKAGE = pathlib.Path(__file__).parents[1]
 COMPILERS = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt")
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # of the environment, which compilers heed
+ADVICE = "free some, or set XDG_CACHE_HOME to a directory that can be written"
 
 Row = dict[str, Any]
 
@@ -31,6 +33,14 @@ def of_program(text: str, *known: Any) -> str:
     return _digest(f"{json.dumps(known)}\n{text}", [*(PACKAGE / "plan").glob("*.py"), *code])
 
 
+def make(directory: pathlib.Path) -> None:
+    """A directory for rows, unless it is there. MediaError where none can be put there."""
+    with files.writing(directory, advice=ADVICE):
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+
+
 def read(directory: pathlib.Path, name: str) -> Row | None:
     """The row of this name; None where there is none."""
     path = directory / f"{name}.json"
@@ -39,7 +49,7 @@ def read(directory: pathlib.Path, name: str) -> Row | None:
 
 def write(directory: pathlib.Path, name: str, row: Row) -> None:
     """Puts it there, whole or not at all. MediaError where it cannot be written."""
-    with files.whole(directory / f"{name}.json") as partial:
+    with files.whole(directory / f"{name}.json", advice=ADVICE) as partial:
         partial.write_text(json.dumps(row))
 
 

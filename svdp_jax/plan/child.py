@@ -44,11 +44,11 @@ def main(request: dict[str, Any], scratch: pathlib.Path) -> dict[str, Any]:
         compiled = compiler.optimise(program.lowered, scratch)
     except (ConfigError, ValueError, NotImplementedError) as problem:
         return row | {"fits": None, "reason": one_line(problem)}
-    except jax.errors.JaxRuntimeError as problem:
+    except Exception as problem:
         said = one_line(problem)
-        return row | {"fits": False if "RESOURCE_EXHAUSTED" in said else None, "reason": said[:500], "memory": {"needed": _needed(said)}}
-    except Exception as problem:  # of this machine, which may do better another time
-        return row | {"fits": None, "reason": f"{type(problem).__name__}: {one_line(problem)}"[:500], "ended": True}
+        if isinstance(problem, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in said:
+            return row | {"fits": False, "reason": said[:500], "memory": {"needed": _needed(said)}}
+        return row | {"fits": None, "reason": f"{type(problem).__name__}: {said}"[:500], "ended": True}  # of this machine, which may do better another time
     return row | {"compile_seconds": time.perf_counter() - begun} | _read(compiled, program, target)
 
 

@@ -74,12 +74,6 @@ class Op(NamedTuple):
         return self.kind == "send" and "_xla_megascale_transfer_type" in self.text
 
     @property
-    def where(self) -> str:
-        """Where in the model it comes from."""
-        found = re.search(r'op_name="([^"]*)"', self.text)
-        return found[1] if found else ""
-
-    @property
     def collective(self) -> str | None:
         """Which kind of collective it is, or begins; between TPU slices they are what a host is sent."""
         if self.between_slices:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
+from svdp_jax import files
 from svdp_jax.config import ConfigError
 from svdp_jax.plan import rows
 
@@ -11,15 +12,22 @@ PARTS = {"parameters": "#4c72b0", "optimizer": "#dd8452", "ema": "#55a868", "bat
 TIMES = {"matrix": "#4c72b0", "memory": "#dd8452", "interconnect": "#c44e52", "step": "#303030"}
 
 
-def draw(found: list[rows.Row], path: pathlib.Path) -> None:
-    """Writes it. ConfigError where matplotlib is missing, or there is nothing to show."""
+def check(path: pathlib.Path) -> None:
+    """ConfigError where matplotlib is missing, or draws no such file."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
         raise ConfigError("--plot needs matplotlib: pip install -e '.[plot]'") from None
-    shown = [row for row in found if "compile_seconds" in row][::-1]
-    if not shown:
-        raise ConfigError("--plot: no row was compiled")
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise ConfigError(f"--plot {path}: its name must end in one of {', '.join(f'.{name}' for name in sorted(known))}")
+
+
+def draw(compiled: list[rows.Row], path: pathlib.Path) -> None:
+    """Writes it, of rows that were compiled. MediaError where it cannot be written."""
+    from matplotlib.figure import Figure  # which is not needed without --plot
+
+    shown = compiled[::-1]
     figure = Figure(figsize=(13, 2.2 + 0.42 * len(shown)), layout="constrained")
     memory, time = figure.subplots(1, 2, sharey=True)
     names = [rows.title(row) for row in shown]
@@ -40,4 +48,5 @@ def draw(found: list[rows.Row], path: pathlib.Path) -> None:
         time.barh(places, [row["seconds"].get(name, 0) for row in shown], height=height, color=colour, label=name)
     time.set_xlabel("seconds of a step, at least")
     time.legend(fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
-    figure.savefig(path, dpi=110)
+    with files.whole(path) as partial:
+        figure.savefig(partial, dpi=110, format=path.suffix[1:].lower())

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from svdp_jax import pipeline, sampler, sharding, train_state
-from svdp_jax.config import Config, MeshConfig
+from svdp_jax.config import Config, ConfigError, MeshConfig
 from svdp_jax.models import flops
 from svdp_jax.models.attention import compiling_for
 from svdp_jax.models.autoencoder import make_autoencoder
@@ -32,23 +32,23 @@ class Program(NamedTuple):
 
 
 def lower_train(config: Config, devices: list[jax.Device], platform: str) -> Program:
-    """A step of the second stage, which has history, on the mesh of the config."""
+    """A step of the last stage of training, which has history where the config has, on the mesh of the config."""
     layout = sharding.make_layout(config.mesh, devices)
     sharding.check_batch(layout, config.train.batch, accumulation=config.train.accumulation)
-    state = train_state.abstract_state(config, layout)
+    state, with_history = train_state.abstract_state(config, layout), config.data.history > 0
     autoencoder, constants = _frozen(config, layout)
     votes = jax.ShapeDtypeStruct((layout.mesh.size,), jnp.int32, sharding=layout.each)
     key = _on(layout.whole, jax.eval_shape(lambda: jax.random.key(0)))
     arguments = state, _batch(config, layout), autoencoder, constants, key, votes
-    step = train_state.make_step(config, layout, jax.tree.map(lambda leaf: leaf.sharding, state), with_history=True)
+    step = train_state.make_step(config, layout, jax.tree.map(lambda leaf: leaf.sharding, state), with_history=with_history)
     with compiling_for(platform):
         lowered = step.trace(*arguments).lower(lowering_platforms=(platform,))
     parts = {"parameters": state.params, "optimizer": state.opt_state, "ema": state.ema, "batch": arguments[1], "autoencoder": autoencoder, "constants": constants}
-    return Program(lowered, dict(layout.mesh.shape), _held(parts), flops.train_step(config, with_history=True).total)
+    return Program(lowered, dict(layout.mesh.shape), _held(parts), flops.train_step(config, with_history=with_history).total)
 
 
 def lower_sample(config: Config, devices: list[jax.Device], platform: str) -> Program:
-    """Denoising steps of a window with history; their number is not known to the program, so that all figures are of one step.
+    """Denoising steps of a window with history, where the config has any; their number is not known to the program, so that all figures are of one step.
 
     On several devices they share the frames of one portrait."""
     layout = sharding.make_layout(config.mesh, devices) if len(devices) > 1 else None
@@ -59,7 +59,7 @@ def lower_sample(config: Config, devices: list[jax.Device], platform: str) -> Pr
     z, _, conditions, constants = _on(where, inputs)
     if layout:
         z = jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=layout.sharding("batch", "frames"))
-    passes = sampler.guided_passes(config.sample.guidance, with_history=True)
+    passes = sampler.guided_passes(config.sample.guidance, with_history=config.data.history > 0)
     network = train_state.make_transformer(config, layout=layout)
     array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
     with compiling_for(platform):
@@ -79,14 +79,19 @@ LOWER = {"train": lower_train, "sample": lower_sample}
 
 def config_for(config: Config, strategy: str, *, count: int, groups: int, program: str, batch: float, remat: str) -> Config:
     """The config on `count` devices in `groups`, with `batch` samples per device; `strategy` is a name of `sharding.STRATEGIES` and, behind colons, the
-    sizes of its inner axes (context, tensor; 2 each unless given): `fsdp_context:4`, `fsdp_context_tensor:4:2`. For sampling, devices share frames, whatever it is."""
+    sizes of its inner axes (context, tensor; 2 each unless given): `fsdp_context:4`, `fsdp_context_tensor:4:2`. For sampling, devices share frames, whatever it is.
+    ConfigError where a group's devices do not make up the inner axes, which stay within it."""
     if program == "sample":
         mesh = MeshConfig(context=count, strategy="fsdp_context")
     else:
         name, *sizes = strategy.split(":")
         inner = {axis: 2 for axis in ("context", "tensor") if axis in name}
         inner |= dict(zip(inner, map(int, sizes), strict=False))
-        outer = count // math.prod(inner.values())
+        together = math.prod(inner.values())
+        if count // groups % together:
+            where = " in each slice or host" if groups > 1 else ""
+            raise ConfigError(f"{strategy} needs a multiple of {together} devices{where}, and there are {count // groups}")
+        outer = count // together
         shared = {"data": groups, "fsdp": outer // groups} if "fsdp" in name else {"data": outer}
         mesh = MeshConfig(**shared, **inner, strategy=name)
     train = dataclasses.replace(config.train, batch=round(batch * count), remat=remat)

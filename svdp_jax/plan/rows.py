@@ -56,9 +56,9 @@ class Limits(NamedTuple):
 
 def fill(requests: Iterable[Request], *, limits: Limits, jobs: int = 1, directory: pathlib.Path | None = None) -> Iterator[tuple[Row, bool]]:
     """The row of each request, and whether it was known; `jobs` are compiled at once. A compilation that fails is a row with its `reason`. `directory`
-    keeps rows (default: in the user's cache directory)."""
+    keeps rows (default: in the user's cache directory). MediaError, before any of it, where nothing can be kept there."""
     directory = directory or cli.cache_directory() / "plan"
-    directory.mkdir(parents=True, exist_ok=True)
+    cache.make(directory)
     left = threading.Event()
 
     def one(request: Request) -> tuple[Row, bool]:
