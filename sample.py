@@ -205,6 +205,8 @@ def render(job: Job, flags: Flags, config: Config, model: Callable[[], Model], p
                 align=flags.align and job.source.parent != DEMO,
                 max_frames=flags.max_frames,
             )
+        if flags.paste_back:
+            video.check_size(prepared.picture.shape[1], prepared.picture.shape[0], name=job.source)
         settings = settings_of(flags, config, job, provenance())
     if kept:
         rendering.check_settings(finished, settings)

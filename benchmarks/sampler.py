@@ -247,7 +247,7 @@ def main() -> None:
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", *(("torch",) if flags.against_pytorch else ()))},
         "date": datetime.date.today().isoformat(),
     }
-    print(f"step {whole:.3f} s (first window {first_seconds:.3f}), {result['tflops']:.2f} TFLOP/s, {result['share_of_peak']:.0%} of a product's {peak:.2f}")
+    print(f"step {whole:.3f} s (first window {typical['first']:.3f}), {result['tflops']:.2f} TFLOP/s, {result['share_of_peak']:.0%} of a product's {peak:.2f}")
     for title, parts in ("pass", by_pass), ("in pass p", by_component):
         print(f"{title:>10}: " + ", ".join(f"{name} {seconds:.4f} s ({seconds / by_pass['p']:.0%})" for name, seconds in parts.items()))
     if flags.against_pytorch:

@@ -121,9 +121,9 @@ class DataConfig:
     driver_mask: bool = True  # of the driver, only eyes, nose and mouth are seen; False shows the model all of it, looks and background too
     region_margin: float = 0.06  # around eyes, nose and mouth, in sides of the face box
     region_jitter: float = 0.0  # in training: standard deviation of each edge of a window's regions, in sides of the face box
-    corrupt_limit: float = 0.01  # share of the records that may be corrupt; they are left out
+    corrupt_limit: float = 0.01  # share of the records that may be corrupt or too short; they are left out
     workers: int = 0  # processes that decode; 0 uses threads
-    cache: bool = False  # keep decoded clips in memory: for data sets that fit
+    cache: bool = False  # keep decoded clips in memory: for data sets that fit, and threads (workers=0), which share them
 
     def __post_init__(self):
         _positive(self, "size frames fps face_scale")

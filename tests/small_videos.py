@@ -1,5 +1,6 @@
 """Small videos of all kinds, made with av alone: `clip` is what they show, and `numbers` reads it off their frames."""
 
+import os
 from fractions import Fraction
 
 import av
@@ -33,7 +34,7 @@ def tone(seconds=1):
 def write(path, *, pts=None, codec="libx264", audio=None, damaged=(), options=None):
     """A file of `clip`, made with av alone. `pts` in ms, or 25 fps; `audio` a codec for one second; `damaged` packets are zeros."""
     pts = [40 * number for number in range(12)] if pts is None else pts
-    with av.open(str(path), "w", options=options or {}) as container:
+    with av.open(os.path.abspath(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=25)
         stream.height, stream.width, stream.pix_fmt = 64, 96, "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.codec_context.time_base = Fraction(1, 1000)
@@ -54,14 +55,15 @@ def write(path, *, pts=None, codec="libx264", audio=None, damaged=(), options=No
 
 
 def store(path, frames, codec="libx264", pix_fmt="yuv420p", options=None, reformat=None, **context):
-    """`frames` at 25 fps, with whatever av lets one say about a stream (`context`) and about the conversion to YUV (`reformat`)."""
+    """`frames`, RGB or RGBA, at 25 fps, with whatever av lets one say about a stream (`context`) and about the conversion to YUV (`reformat`)."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options=options or {})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
         for name, value in context.items():
             setattr(stream.codec_context, name, value)
         for number, frame in enumerate(frames):
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=pix_fmt, **(reformat or {}))
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24" if frame.shape[-1] == 3 else "rgba")
+            picture = picture.reformat(format=pix_fmt, **(reformat or {}))
             picture.pts, picture.time_base = number, Fraction(1, 25)
             container.mux(stream.encode(picture))
         container.mux(stream.encode())

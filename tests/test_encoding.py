@@ -162,3 +162,25 @@ def test_unwritable_output_is_found_before_the_first_frame(tmp_path):
     for path in (tmp_path / "missing" / "a.mp4", tmp_path / "folder.mp4"):
         with pytest.raises(MediaError, match=f"{path.name}: cannot be written"):
             video.write_video(path, frames(), fps=NTSC, metadata={})
+
+
+@pytest.mark.parametrize(("width", "height"), [(16386, 2), (2, 16386)])
+def test_sizes_that_cannot_be_encoded_are_told(tmp_path, strict, width, height):
+    said = f"big.*: a video of {width}x{height} pixels cannot be encoded, no side may be longer than 16384"
+    with pytest.raises(MediaError, match=said):
+        video.check_size(width, height, name="big.png")
+    with pytest.raises(MediaError, match=said):
+        video.write_video(tmp_path / "big.mp4", np.zeros((1, height, width, 3), np.uint8), fps=NTSC, metadata={})
+
+
+def test_the_largest_size_can_be_encoded(tmp_path, strict):
+    video.check_size(16383, 2, name="wide.png")
+    video.write_video(tmp_path / "wide.mp4", np.zeros((1, 2, 16383, 3), np.uint8), fps=NTSC, metadata={})
+    assert video.probe(tmp_path / "wide.mp4").width == 16384
+
+
+def test_a_colon_in_a_name_is_no_protocol(tmp_path, strict, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("rec-12:30:00.mp4", audio="aac")
+    video.write_video("made-12:31:00.mp4", clip(), fps=Fraction(25), metadata={}, audio_from="rec-12:30:00.mp4")
+    assert video.probe("made-12:31:00.mp4") == video.VideoInfo(96, 64, Fraction(25), 12, True)

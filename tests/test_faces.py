@@ -2,8 +2,10 @@ import importlib.util
 import os
 import pathlib
 import sys
+import tracemalloc
 import warnings
 
+import cv2
 import numpy as np
 import pytest
 import skimage.data
@@ -147,7 +149,7 @@ def test_the_source_is_cropped_like_the_most_similar_driving_frame():
     np.testing.assert_allclose(placed, expected[6], atol=1)
     assert all(np.abs(placed - expected[n]).max() > 5 for n in range(12) if n != 6)
     with pytest.raises(MediaError, match="68 landmarks and driver 478"):
-        faces.source_crop(source, np.zeros((3, 478, 2), np.float32), crop)
+        faces.source_crop(source, random_face(rng, 478)[None], crop)
 
 
 def test_pasting_back_changes_only_the_crop():
@@ -171,6 +173,47 @@ def test_pasting_back_does_not_blend_along_the_edge_of_the_image():
     corner = faces.paste_back(source, white, faces.Crop(-20, -10, 50))
     assert (corner[:30, :20] == 255).all() and corner[0, 29, 0] < 60 and (corner[40:] == 0).all()
     np.testing.assert_array_equal(faces.paste_back(source, white, faces.Crop(200, 0, 20)), source)
+
+
+def test_pasting_back_is_blending_with_the_whole_crop():
+    rng = np.random.default_rng(8)
+    source, animated = rng.integers(0, 256, (150, 200, 3), np.uint8), rng.integers(0, 256, (48, 48, 3), np.uint8)  # noise: the hardest to resize
+    crops = [(20, 30, 48), (20, 30, 100), (-40, -70, 301), (150, 100, 177), (-200, 20, 217), (30, -500, 577), (-900, -700, 1999), (60, 60, 21), (5, 5, 1)]
+    for x0, y0, side in crops:
+        crop = faces.Crop(x0, y0, side)
+        inwards = (np.arange(side) + 0.5) / (faces.FEATHER * side)
+        ramps = []
+        for start, length in (y0, 150), (x0, 200):
+            ramps.append(np.minimum(inwards if start > 0 else 1, inwards[::-1] if start + side < length else 1) * np.ones(side))
+        alpha = np.minimum(ramps[0], 1)[:, None, None] * np.minimum(ramps[1], 1)[:, None]
+        new = cv2.resize(animated, (side, side), interpolation=cv2.INTER_AREA if side < 48 else cv2.INTER_CUBIC)
+        expected = source.astype(float)
+        y, x = np.mgrid[max(y0, 0) : min(y0 + side, 150), max(x0, 0) : min(x0 + side, 200)]
+        expected[y, x] += alpha[y - y0, x - x0] * (new[y - y0, x - x0] - expected[y, x])
+        assert np.abs(faces.paste_back(source, animated, crop) - np.rint(expected)).max() <= 1, crop
+
+
+def test_pasting_back_makes_only_what_lies_in_the_picture():
+    source, animated = np.zeros((150, 200, 3), np.uint8), np.zeros((48, 48, 3), np.uint8)
+    tracemalloc.start()
+    try:
+        faces.paste_back(source, animated, faces.Crop(-2500, -3000, 9000))
+        assert tracemalloc.get_traced_memory()[1] < 0.05 * 3 * 9000**2
+    finally:
+        tracemalloc.stop()
+
+
+def test_long_landmarks_are_not_copied_more_than_they_need_be():
+    landmarks = np.repeat(random_face(np.random.default_rng(9), 478)[None], 2000, axis=0)
+    crop = faces.Crop(10, 20, 300)
+    for copies, call in (2, lambda: faces.crop_landmarks(landmarks, crop, 256)), (2.5, lambda: faces.source_crop(landmarks[0], landmarks, crop)):
+        tracemalloc.start()
+        try:
+            call()
+            assert tracemalloc.get_traced_memory()[1] < (copies + 0.1) * landmarks.nbytes
+        finally:
+            tracemalloc.stop()
+    assert faces.crop_landmarks(landmarks, crop, 256).dtype == np.float32
 
 
 def detector_of(per_frame):
@@ -249,13 +292,26 @@ def test_landmark_files(tmp_path):
     landmarks[1, :5] = 0
     detectors.write_landmarks(tmp_path / "half.npz", landmarks)
 
+    landmarks[1] = 0  # nor is there one in a single point
+    detectors.write_landmarks(tmp_path / "point.npz", landmarks)
+    detector = detectors.make_detector(tmp_path / "point.npz")
+    np.testing.assert_allclose(faces.track(frames[:3], detector), np.stack([a_face()] * 3), atol=1e-3)
+    detectors.write_landmarks(tmp_path / "points.npz", 0 * landmarks)
+    with pytest.raises(MediaError, match="no face found in d.mp4"):
+        faces.track(frames[:3], detectors.make_detector(tmp_path / "points.npz"), name="d.mp4")
+
     (tmp_path / "junk.npz").write_text("junk")
+    with (tmp_path / "single.npz").open("wb") as file:
+        np.save(file, landmarks)
+    damaged = bytearray((tmp_path / "a.npz").read_bytes())
+    damaged[60:80] = b"\xff" * 20
+    (tmp_path / "damaged.npz").write_bytes(damaged)
     np.savez(tmp_path / "key.npz", points=landmarks)
     np.savez(tmp_path / "shape.npz", landmarks=landmarks[0])
     np.savez(tmp_path / "nan.npz", landmarks=np.full_like(landmarks, np.nan))
     np.savez(tmp_path / "count.npz", landmarks=landmarks[:, :5])
     np.savez(tmp_path / "words.npz", landmarks=np.array(["a"]))
-    for name in ("missing", "junk", "key", "shape", "nan", "half", "count", "words"):
+    for name in ("missing", "junk", "single", "damaged", "key", "shape", "nan", "half", "count", "words"):
         with pytest.raises(MediaError, match=f"{name}.npz" if name != "count" else "5 landmarks per face"):
             detectors.read_landmarks(tmp_path / f"{name}.npz")
 
@@ -275,6 +331,12 @@ def test_the_cascade_finds_the_face_and_says_once_that_it_tracks_no_expression(m
     centres = [found[0, part].mean(axis=0) for part in (LEFT_EYE, RIGHT_EYE, MOUTH)]
     np.testing.assert_allclose(centres, [[246, 103], [204, 100], [223, 146]], atol=8)
     assert len(twice) == 2
+
+
+@pytest.mark.parametrize("size", [(2, 4000), (4000, 3), (1, 1), (4, 4), (3, 5)])
+def test_pictures_that_can_show_no_face_show_none(size):
+    with pytest.raises(MediaError, match="no face found in thin.png"):
+        faces.find_face(np.zeros((*size, 3), np.uint8), detectors.cascade_detector(), name="thin.png")
 
 
 @pytest.mark.filterwarnings("ignore:no landmarker given")

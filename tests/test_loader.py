@@ -153,6 +153,14 @@ def test_data_do_not_depend_on_threads_workers_or_processes(data):
         assert_same(joined, straight)
 
 
+def test_cached_clips_are_the_same_and_no_matter_for_workers(data):
+    cached = dataclasses.replace(data, cache=True)
+    assert_same(take(4, cached, threads=2), take(4, data))
+    with pytest.raises(ConfigError, match="data.workers=2 with data.cache: each would keep clips of its own; set data.workers=0") as error:
+        take(1, dataclasses.replace(cached, workers=2))
+    one_line(error)
+
+
 def test_a_data_set_may_be_smaller_than_a_batch(data):
     (batch,) = take(1, data, batch=2 * COUNT + 2)
     counts = np.bincount(clip_numbers(batch.source), minlength=COUNT)
@@ -214,6 +222,20 @@ def test_too_many_corrupt_records_stop_the_run(tmp_path, data, workers):
     take(2 * COUNT, dataclasses.replace(data, path=str(tmp_path), workers=workers, corrupt_limit=1 / COUNT))
 
 
+def test_too_many_short_clips_are_not_called_corrupt(tmp_path, data):
+    write(tmp_path, [make_clip(number, frames=6 if number == 3 else FRAMES) for number in range(COUNT)])
+    needed = rf"1 of {COUNT} records .*; the last: clip clip-3 .* has 6 frames; .* need 7: make clips of no fewer .prepare's --rules.min-frames"
+    with pytest.raises(ConfigError, match=needed) as error:
+        take(2 * COUNT, dataclasses.replace(data, path=str(tmp_path)))
+    assert "corrupt_limit" in one_line(error) and "corrupt record" not in str(error.value)
+
+
+def test_where_all_but_the_first_are_too_short_it_is_told(tmp_path, data):
+    write(tmp_path, [make_clip(number, frames=6 if number else FRAMES) for number in range(COUNT)])
+    with pytest.raises(ConfigError, match="has 6 frames; .* need 7"):
+        take(2 * COUNT, dataclasses.replace(data, path=str(tmp_path), corrupt_limit=1.0), seed=1)
+
+
 def test_regions_are_jittered_in_training_alone(data):
     jittered = dataclasses.replace(data, region_jitter=0.05)
     plain, moved, again = take(2, data), take(2, jittered), take(2, jittered)
@@ -236,7 +258,7 @@ def test_a_short_clip_among_others_is_replaced(tmp_path, data, caplog):
     with caplog.at_level(logging.WARNING):
         batches = take(COUNT, dataclasses.replace(data, path=str(tmp_path), corrupt_limit=0.5))
     assert 3 not in np.concatenate([clip_numbers(batch.source) for batch in batches])
-    assert any("clip-3" in record.getMessage() for record in caplog.records)
+    assert any(record.getMessage().startswith("clip that does not suit skipped") and "clip-3" in record.getMessage() for record in caplog.records)
 
 
 def test_records_that_are_all_bad_are_an_error(tmp_path, data, monkeypatch):

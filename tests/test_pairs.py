@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 
 import cv2
 import numpy as np
@@ -168,6 +169,26 @@ def test_another_data_set_is_not_continued(make, tmp_path):
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(ConfigError, match="an --input that has changed since"):
         make()
+
+
+def test_another_landmarker_or_liveportrait_does_not_continue(make, checkout):
+    git = checkout / ".git"
+    (git / "refs" / "heads").mkdir(parents=True)
+    (git / "HEAD").write_text("ref: refs/heads/main\n")
+    (git / "refs" / "heads" / "main").write_text("0123abcd\n")
+    make(train=["target", "green"])
+    with pytest.raises(ConfigError, match="was begun with --landmarker face_landmarker.task; use the same"):
+        make("--landmarker", "other.task")
+    (git / "refs" / "heads" / "main").unlink()
+    (git / "packed-refs").write_text("# pack-refs with: peeled fully-peeled sorted\n4567cdef refs/heads/other\n0123abcd refs/heads/main\n")
+    make()
+    (git / "HEAD").write_text("4567cdef\n")
+    try:
+        with pytest.raises(ConfigError, match="was begun with LivePortrait at 0123abcd; use the same"):
+            make()
+    finally:
+        shutil.rmtree(git)
+    assert liveportrait.revision(checkout) is None
 
 
 def test_the_seed_chooses_the_people(people, tmp_path):

@@ -1,5 +1,6 @@
 """The preview shows what goes into the model, and marks where it comes from."""
 
+import dataclasses
 import shutil
 from fractions import Fraction
 
@@ -43,6 +44,12 @@ def test_the_bottom_row_is_what_the_model_sees(media):
         assert 0.02 < (cell(picture, 2, column) > 0).any(axis=2).mean() < 0.5
 
 
+def test_a_driver_without_a_mask_is_shown_whole(media):
+    bare = dataclasses.replace(DATA, driver_mask=False)
+    prepared = inputs.prepare(media / "portrait.png", media / "motion.mp4", bare)
+    np.testing.assert_array_equal(cell(preview.picture(prepared, bare, columns=1), 2, 1), list(inputs.driver_frames(prepared))[4])
+
+
 def test_crop_landmarks_and_regions_are_marked(media):
     prepared = inputs.prepare(media / "portrait.png", media / "motion.mp4", DATA)
     picture = preview.picture(prepared, DATA, columns=1)
@@ -77,6 +84,26 @@ def test_the_command_writes_the_picture(media, tmp_path, capsys):
     (tmp_path / "config.py").write_text(f"from svdp_jax.config import *\nconfig = Config(data=DataConfig(size={16 * 6}))")
     run("-s", media / "portrait.png", "-d", media / "motion.mp4", "-o", tmp_path / "out.png", "--columns", 2, "--config", tmp_path / "config.py")
     assert iio.imread(tmp_path / "out.png").shape == (3 * (CELL + BAND), 3 * CELL, 3) and "out.png" in capsys.readouterr().out
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_anything_slow(media, tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "prepare", None)
+    (tmp_path / "folder.png").mkdir()
+    for output, said in (tmp_path / "folder.png", "folder.png: is a folder"), ("/proc/out.png", "/proc/out.png: cannot be written"):
+        with pytest.raises((ConfigError, video.MediaError), match=said):
+            run("-s", media / "portrait.png", "-d", media / "motion.mp4", "-o", output)
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(media, tmp_path, monkeypatch):
+    def full(path, picture, **_):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(iio, "imwrite", full)
+    (tmp_path / "old.png").write_bytes(b"old")
+    with pytest.raises(video.MediaError, match="old.png: cannot be written .No space left"):
+        run("-s", media / "portrait.png", "-d", media / "motion.mp4", "-o", tmp_path / "old.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["old.png"] and (tmp_path / "old.png").read_bytes() == b"old"
 
 
 @pytest.mark.parametrize(

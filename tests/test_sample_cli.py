@@ -153,6 +153,13 @@ def test_a_name_that_no_result_can_have_is_told_before_any_work(script, never_lo
         assert status == 2 and len(err.splitlines()) == 1 and "give them shorter, readable names" in err
 
 
+def test_a_portrait_too_large_for_a_video_is_told_before_any_work(script, never_loaded, media, workdir, tmp_path):
+    iio.imwrite(tmp_path / "banner.png", np.zeros((64, 16400, 3), np.uint8))
+    given = ["-s", tmp_path / "banner.png", "-d", media / "motion.mp4", "--checkpoint", workdir, "-o", tmp_path / "out", "--no-align"]
+    status, _, err = script("sample.py", *given)
+    assert status == 2 and "a video of 16400x64 pixels cannot be encoded" in err.splitlines()[-1]
+
+
 def test_ctrl_c_is_one_line_that_says_how_to_go_on(script, media, workdir, monkeypatch, tmp_path):
     def interrupt(*_):
         raise KeyboardInterrupt

@@ -98,6 +98,11 @@ def test_a_cut_between_like_pictures_is_found_and_a_moving_one_is_not_cut():
     assert all((frame == given).all() for (frame, _), given in zip(kept, moving, strict=True))
 
 
+@pytest.mark.parametrize("size", [(2, 4000), (4000, 3), (1, 1)])
+def test_pictures_may_be_as_thin_as_can_be(size):
+    assert not any(cut for _, cut in shots.with_cuts([np.zeros((*size, 3), np.uint8)] * 6))
+
+
 def test_rules_that_cannot_be_met_are_named():
     with pytest.raises(ConfigError, match="min_frames=30, max_frames=20"):
         shots.Rules(min_frames=30, max_frames=20)

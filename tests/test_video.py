@@ -1,13 +1,14 @@
 """Videos of any kind are read as upright RGB frames of square pixels; what is missing or broken has its line."""
 
 import tracemalloc
+import warnings
 import weakref
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
-from av.video.reformatter import ColorRange
+from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 from small_videos import NTSC, clip, copy, numbers, store, tone, two_sizes, write
 
@@ -31,6 +32,7 @@ def test_nothing_holds_the_whole_video(tmp_path, monkeypatch):
 
     video.write_video(tmp_path / "a.mp4", render(), fps=NTSC, metadata={})
     assert most <= 4
+    video.probe(tmp_path / "a.mp4")  # what is imported on the way is not the video's
     decoded, decode = [], video._tolerant_decode
     monkeypatch.setattr(video, "_tolerant_decode", lambda container: (decoded.append(None) or frame for frame in decode(container)))
     tracemalloc.start()
@@ -86,12 +88,50 @@ def test_odd_sizes_are_read_as_they_are(tmp_path, strict):
 
 
 @pytest.mark.parametrize(("codec", "options"), [("libx264", {}), ("libx265", {"x265-params": "log-level=none"})])
-def test_ten_bits_of_hdr_become_eight(tmp_path, strict, codec, options):
-    tags = {"color_primaries": 9, "color_trc": 16, "colorspace": 9}  # BT.2020, perceptual quantiser
+@pytest.mark.parametrize(("curve", "name"), [(16, "PQ"), (18, "HLG")])
+def test_ten_bits_of_hdr_become_eight_with_one_warning(tmp_path, codec, options, curve, name):
+    tags = {"color_primaries": 9, "color_trc": curve, "colorspace": 9}  # BT.2020
     path = store(tmp_path / "a.mp4", clip(), codec, "yuv420p10le", options, {"dst_colorspace": 9}, **tags)
-    assert video.probe(path) == video.VideoInfo(96, 64, Fraction(25), 12, False)
-    frames = list(video.read_frames(path))
+    with pytest.warns(UserWarning, match=rf"a.mp4: is HDR \({name}\); its colours are taken as coded") as caught:
+        warnings.simplefilter("default")
+        assert video.probe(path) == video.VideoInfo(96, 64, Fraction(25), 12, False)
+        frames = list(video.read_frames(path))
+    assert len(caught) == 1
     assert numbers(frames) == list(range(12)) and np.abs(frames[0].astype(int) - clip(1)[0]).mean() < 4  # values as coded, not mapped to SDR
+
+
+@pytest.mark.parametrize(
+    ("size", "said", "meant"),
+    [
+        ((720, 960), {}, Colorspace.ITU709),
+        ((536, 1280), {}, Colorspace.ITU709),
+        ((718, 1278), {}, Colorspace.ITU601),
+        ((720, 960), {"colorspace": Colorspace.ITU601}, Colorspace.ITU601),
+        ((480, 640), {"colorspace": Colorspace.ITU709}, Colorspace.ITU709),
+    ],
+)
+def test_colours_that_a_file_does_not_tell_are_as_players_take_them(tmp_path, strict, size, said, meant):
+    colour = np.array([224, 172, 140], np.uint8)  # skin
+    frames = np.broadcast_to(colour, (2, *size, 3))
+    path = store(tmp_path / "a.mp4", frames, options={"crf": "1", "preset": "ultrafast"}, reformat=video.CONVERSION | {"dst_colorspace": meant}, **said)
+    assert np.abs(next(video.read_frames(path)).astype(int) - colour).max() <= 2
+
+
+def test_motion_jpeg_of_any_size_has_the_colours_of_jpeg(tmp_path, strict):
+    (frame,) = frames = np.broadcast_to(np.array([224, 172, 140], np.uint8), (1, 720, 1280, 3))
+    path = store(tmp_path / "a.mov", frames, "mjpeg", "yuvj420p", reformat={"dst_color_range": ColorRange.JPEG}, color_range=2)
+    assert np.abs(next(video.read_frames(path)).astype(int) - frame).max() <= 4
+
+
+@pytest.mark.parametrize(("codec", "pix_fmt"), [("prores_ks", "yuva444p10le"), ("qtrle", "argb"), ("png", "rgba")])
+def test_transparent_video_lies_on_white(tmp_path, strict, codec, pix_fmt):
+    alpha = np.full((3, 64, 96, 1), 255, np.uint8)
+    alpha[:, :20], alpha[:, 20:40] = 0, 51
+    path = store(tmp_path / "a.mov", np.concatenate([clip(3), alpha], axis=-1), codec, pix_fmt)
+    frames = np.stack(list(video.read_frames(path))).astype(int)
+    assert numbers(frames[:, 42:54]) == [0, 1, 2] and np.abs(frames[:, :16] - 255).max() <= 1
+    expected = 0.2 * clip(3)[:, 24:36, 40:60] + 0.8 * 255
+    assert np.abs(frames[:, 24:36, 40:60] - expected).max() <= 2
 
 
 @pytest.mark.parametrize("codec", ["libx264", "mjpeg"])
@@ -153,6 +193,12 @@ def test_a_neighbour_stands_in_for_a_broken_frame(tmp_path, damaged, expected):
     with pytest.warns(UserWarning, match=f"{12 - len(damaged)} of 12 frames") as caught:
         assert numbers(video.read_frames(path)) == expected
     assert len(caught) == 1
+
+
+def test_a_colon_in_a_name_is_no_protocol(tmp_path, strict, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write("rec-12:30:00.mp4")
+    assert video.probe(path).frames == len(list(video.read_frames(path))) == 12
 
 
 @pytest.mark.parametrize("read", [video.probe, lambda path: next(video.read_frames(path)), video.read_image])

@@ -14,7 +14,6 @@ import pathlib
 import sys
 import threading
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -122,7 +121,8 @@ def _no_native_messages() -> Iterator[None]:
 
 
 def precomputed_detector(landmarks: Float32[np.ndarray, "N K 2"]) -> Detector:
-    """The n-th call finds the n-th face of `landmarks`, or none where they are NaN: for the frames of one video, from the first on."""
+    """The n-th call finds the n-th face of `landmarks`, or none where they are NaN, or less than a pixel wide or high: for the frames of one video, from the
+    first on."""
     calls = itertools.count()
 
     def detect(image: np.ndarray) -> np.ndarray:
@@ -130,7 +130,7 @@ def precomputed_detector(landmarks: Float32[np.ndarray, "N K 2"]) -> Detector:
         if number >= len(landmarks):
             raise MediaError(f"landmarks of {len(landmarks)} frames, and the video has more; compute them for the whole video")
         found = landmarks[number : number + 1]
-        return found if np.isfinite(found).all() else found[:0]
+        return found if np.ptp(found, axis=1).min() >= 1 else found[:0]  # NaN is not
 
     return detect
 
@@ -141,10 +141,10 @@ def cascade_detector() -> Detector:
     average = average_face()
 
     def detect(image: np.ndarray) -> np.ndarray:
-        shrink = min(CASCADE_SIZE / max(image.shape[:2]), 1)
-        small = cv2.resize(image, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
+        small = shrunk(image, CASCADE_SIZE)
         longest = max(small.shape[:2])
-        hits = cascade.detect_multi_scale(small, scale_factor=1.2, step_ratio=1, min_size=(longest // 6, longest // 6), max_size=(longest, longest))
+        shrink, least = longest / max(image.shape[:2]), max(longest // 6, 1)
+        hits = cascade.detect_multi_scale(small, scale_factor=1.2, step_ratio=1, min_size=(least, least), max_size=(longest, longest))
         boxes: list[np.ndarray] = []  # x, y, side, largest first
         for x, y, side in sorted(((hit["c"], hit["r"], hit["width"]) for hit in hits), key=lambda box: -box[2]):
             middle = np.array([x, y]) + side / 2
@@ -156,6 +156,13 @@ def cascade_detector() -> Detector:
         return np.array(faces, np.float32).reshape(-1, 68, 2)
 
     return detect
+
+
+def shrunk(image: UInt8[np.ndarray, "H W 3"], longest: int) -> UInt8[np.ndarray, "h w 3"]:
+    """The image, at its own proportions, with no side longer than `longest` pixels, and none of nothing."""
+    shrink = min(longest / max(image.shape[:2]), 1)
+    height, width = (max(round(side * shrink), 1) for side in image.shape[:2])
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
 
 
 def average_face() -> Float32[np.ndarray, "68 2"]:
@@ -187,7 +194,7 @@ def read_landmarks(path: str | os.PathLike, *, frames: int | None = None) -> Flo
     try:
         with np.load(path) as file:
             landmarks = file["landmarks"].astype(np.float32)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except Exception as error:  # of a damaged file NumPy raises nearly anything
         raise MediaError(f"landmarks {path}: not a .npz file with an array `landmarks` ({error})") from error
     finite = np.isfinite(landmarks)
     whole = landmarks.ndim == 3 and landmarks.shape[2] == 2 and (finite.all(axis=(1, 2)) | np.isnan(landmarks).all(axis=(1, 2))).all()

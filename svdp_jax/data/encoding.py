@@ -22,7 +22,7 @@ import numpy as np
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from jaxtyping import UInt8
 
-from svdp_jax.data.streams import READ_ERRORS, moving
+from svdp_jax.data.streams import READ_ERRORS, address, moving
 from svdp_jax.data.timing import declared_end
 from svdp_jax.files import MediaError, one_line
 
@@ -31,6 +31,7 @@ _BT709 = 1  # the number that H.264 has for the colours of HD video
 # Between RGB and YUV; without accurate rounding each way makes the picture darker by about one level.
 CONVERSION = {"interpolation": Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT, "threads": 1}
 _QUICK_CONVERSION = CONVERSION | {"interpolation": Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT}  # half the time
+_LONGEST_SIDE = 16384  # pixels, that x264 encodes
 KEY_EVERY = 8  # frames, of clips in bytes: how far one has to decode to reach any of them
 _CLIP_OPTIONS = {"tune": "fastdecode", "g": str(KEY_EVERY), "keyint_min": str(KEY_EVERY), "sc_threshold": "0"}  # a tenth larger, read in half the time
 
@@ -48,8 +49,8 @@ def write_video(
 
     Odd sizes are padded by one row or column. The audio of `audio_from`, if any, is copied as it is, as long as the
     video lasts; audio that cannot be copied is left out with a warning, the picture is kept. `crf`: x264's quality,
-    0 is lossless, 51 the worst. MediaError where `path` cannot be written, `frames` is empty, or an mp4 would drop a
-    key of `metadata`.
+    0 is lossless, 51 the worst. MediaError where `path` cannot be written, `frames` is empty or too large (`check_size` says
+    that before there are any), or an mp4 would drop a key of `metadata`.
     """
     path = pathlib.Path(path)
     dropped = sorted(set(metadata) - set(METADATA_KEYS))
@@ -57,7 +58,7 @@ def write_video(
         raise MediaError(f"{path}: an mp4 file does not keep the metadata {', '.join(dropped)}; use {', '.join(METADATA_KEYS)}")
     with contextlib.ExitStack() as stack:
         try:  # before the first frame is asked for, which may have taken hours
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent))
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=address(path.parent)))
             if path.is_dir():
                 raise IsADirectoryError("it is a directory")
         except OSError as error:
@@ -66,7 +67,7 @@ def write_video(
         try:
             with av.open(result, "w", format="mp4", options={"movflags": "faststart"}) as container:
                 container.metadata.update(metadata)
-                count = _encode_into(container, frames, fps=fps, threads=0, options={"crf": str(crf)})
+                count = _encode_into(container, frames, fps=fps, threads=0, options={"crf": str(crf)}, name=path)
         except READ_ERRORS as error:
             raise MediaError(f"{path}: cannot be written ({one_line(error)}); is the disk full?") from error
         if not count:
@@ -78,12 +79,20 @@ def write_video(
                     result = with_audio
             except Exception as error:  # whatever it is, the picture may have taken hours
                 warnings.warn(f"{path}: written without audio, that of {audio_from} cannot be copied ({one_line(error)})", stacklevel=2)
+        with open(result, "rb") as file:
+            os.fsync(file.fileno())  # what it was made of may be deleted next
         os.replace(result, path)
+
+
+def check_size(width: int, height: int, *, name: str | os.PathLike) -> None:
+    """MediaError where no frames of this size can be encoded. `name` is for the message."""
+    if max(width, height) > _LONGEST_SIDE:
+        raise MediaError(f"{name}: a video of {width}x{height} pixels cannot be encoded, no side may be longer than {_LONGEST_SIDE}; use a smaller picture")
 
 
 def _add_audio(picture: str, audio_from: str | os.PathLike, output: str, *, seconds: Fraction) -> bool:
     """Put the streams of `picture` and the first `seconds` of audio of another file into `output`; False if there is no audio."""
-    with av.open(picture) as video, av.open(os.fspath(audio_from), metadata_errors="replace") as other:
+    with av.open(picture) as video, av.open(address(audio_from), metadata_errors="replace") as other:
         if not other.streams.audio:
             return False
         audio = other.streams.audio[0]
@@ -133,17 +142,26 @@ def encode(frames: UInt8[np.ndarray, "N H W 3"], *, fps: Fraction, crf: int = 12
         raise MediaError(f"clip of shape {frames.shape}: must have a frame, and even height and width")
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        _encode_into(container, frames, fps=fps, threads=1, options=_CLIP_OPTIONS | {"crf": str(crf)})
+        _encode_into(container, frames, fps=fps, threads=1, options=_CLIP_OPTIONS | {"crf": str(crf)}, name="clip")
     return file.getvalue()
 
 
-def _encode_into(container: av.container.OutputContainer, frames: Iterable[np.ndarray], *, fps: Fraction, threads: int, options: dict[str, str]) -> int:
+def _encode_into(
+    container: av.container.OutputContainer,
+    frames: Iterable[np.ndarray],
+    *,
+    fps: Fraction,
+    threads: int,
+    options: dict[str, str],
+    name: str | os.PathLike,
+) -> int:
     """Encode `frames` into an open mp4 and say how many there were. 0 threads: as many as there are cores."""
     frames = iter(frames)
     first = next(frames, None)
     if first is None:
         return 0
     height, width, _ = first.shape
+    check_size(width, height, name=name)
     pad = ((0, height % 2), (0, width % 2), (0, 0))  # yuv420p has one colour for 2x2 pixels
     stream = container.add_stream("libx264", rate=fps, options=options)
     stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"

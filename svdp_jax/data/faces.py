@@ -122,7 +122,7 @@ def driving_crop(landmarks: Float32[np.ndarray, "N K 2"], *, scale: float, withi
     low, high = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
     face = float(np.median(_side(boxes)))
     centre = np.median((boxes[:, :2] + boxes[:, 2:]) / 2, axis=0) - [0, RAISE * face]
-    side = round(max(scale * face, 2 * np.max([centre - low, high - centre])))
+    side = round(max(scale * face, 2 * np.max([centre - low, high - centre]), 1))
     corner = centre + 0.5 - side / 2
     if within:
         side = max(min(side, *within), round(float(np.max(high - low))))
@@ -135,19 +135,15 @@ def driving_crop(landmarks: Float32[np.ndarray, "N K 2"], *, scale: float, withi
 def best_match(source_landmarks: Float[np.ndarray, "M J 2"], driving_landmarks: Float[np.ndarray, "N K 2"]) -> tuple[int, int]:
     """The two frames, one of each, whose faces look most alike: the least distance between landmarks once all are centred and of one
     size, so that a head turned or bent like the other counts, and not where it is."""
-    if source_landmarks.shape[1] != driving_landmarks.shape[1]:
-        raise MediaError(f"source has {source_landmarks.shape[1]} landmarks and driver {driving_landmarks.shape[1]}; use one landmarker for both")
-    source, driving = (_normalised(points)[2].reshape(len(points), -1) for points in (source_landmarks, driving_landmarks))
-    found = np.argmax(source @ driving.T)  # all have one norm, so that the largest product is the least distance
-    return divmod(int(found), len(driving_landmarks))
+    return _most_alike(_normalised(source_landmarks)[2], _normalised(driving_landmarks)[2])
 
 
 def source_crop(source_landmarks: Float[np.ndarray, "J 2"], driving_landmarks: Float[np.ndarray, "N K 2"], driving_crop: Crop) -> Crop:
     """The crop that shows the source's face at the size and place of the driver's in the `best_match`. Size and place are those of
     all landmarks together."""
-    _, best = best_match(source_landmarks[None], driving_landmarks)
-    source_place, source_size, _ = _normalised(source_landmarks)
-    places, sizes, _ = _normalised(driving_landmarks)
+    source_place, source_size, source = _normalised(source_landmarks)
+    places, sizes, driving = _normalised(driving_landmarks)
+    _, best = _most_alike(source[None], driving)
     side = float(driving_crop.side * (source_size / sizes[best]).item())
     within = (places[best, 0] - [driving_crop.x0, driving_crop.y0] + 0.5) / driving_crop.side  # 0..1 in the crop
     x0, y0 = np.rint(source_place[0] + 0.5 - side * within).astype(int).tolist()
@@ -165,22 +161,26 @@ def apply_crop(frame: UInt8[np.ndarray, "H W 3"], crop: Crop, size: int) -> UInt
 
 def crop_landmarks(landmarks: Float32[np.ndarray, "*batch K 2"], crop: Crop, size: int) -> Float32[np.ndarray, "*batch K 2"]:
     """Landmarks of the full image, in pixels of what `apply_crop` makes."""
-    corner = np.array([crop.x0, crop.y0]) - 0.5  # pixel centres are at integers, so the crop begins half a pixel earlier
-    return ((landmarks - corner) * (size / crop.side) - 0.5).astype(np.float32)
+    corner = np.float32([crop.x0, crop.y0]) - np.float32(0.5)  # pixel centres are at integers, so the crop begins half a pixel earlier
+    return (landmarks - corner) * (size / crop.side) - 0.5
 
 
 def paste_back(source_full: UInt8[np.ndarray, "H W 3"], animated: UInt8[np.ndarray, "size size 3"], crop: Crop) -> UInt8[np.ndarray, "H W 3"]:
     """`source_full` with `animated` in place of the crop, blended in along the crop's edges, except where they are the image's."""
     height, width, _ = source_full.shape
-    alpha = np.outer(_ramp(crop.y0, crop.side, height), _ramp(crop.x0, crop.side, width))[..., None]
     rows = slice(max(crop.y0, 0), max(min(crop.y0 + crop.side, height), 0))
     columns = slice(max(crop.x0, 0), max(min(crop.x0 + crop.side, width), 0))
-    inside = slice(rows.start - crop.y0, rows.stop - crop.y0), slice(columns.start - crop.x0, columns.stop - crop.x0)
     result = source_full.copy()
-    if not result[rows, columns].size:
+    old, pasted = source_full[rows, columns], result[rows, columns]
+    if not old.size:
         return result
-    new, old = _resize(animated, crop.side)[inside], source_full[rows, columns]
-    result[rows, columns] = np.rint(old + alpha[inside] * (new.astype(np.float32) - old))
+    inside = slice(rows.start - crop.y0, rows.stop - crop.y0), slice(columns.start - crop.x0, columns.stop - crop.x0)
+    pasted[:] = new = _resize_part(animated, crop.side, *inside)
+    vertical, horizontal = _ramp(crop.y0, crop.side, height)[inside[0]], _ramp(crop.x0, crop.side, width)[inside[1]]
+    (top, bottom), (left, right) = _full_weight(vertical), _full_weight(horizontal)
+    for edge in np.s_[:top, :], np.s_[bottom:, :], np.s_[top:bottom, :left], np.s_[top:bottom, right:]:
+        weight = np.outer(vertical[edge[0]], horizontal[edge[1]])[..., None]
+        pasted[edge] = np.rint(old[edge] + weight * (new[edge].astype(np.float32) - old[edge]))
     return result
 
 
@@ -294,8 +294,18 @@ def _nearest(faces: np.ndarray, last: np.ndarray) -> np.ndarray | None:
 def _normalised(landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Place [..., 1, 2], size [..., 1, 1] (root mean square distance from there), and landmarks free of both."""
     place = landmarks.mean(axis=-2, keepdims=True)
-    size = np.sqrt(np.square(landmarks - place).sum(axis=-1, keepdims=True).mean(axis=-2, keepdims=True))
-    return place, size, (landmarks - place) / size
+    normalised = landmarks - place
+    size = np.sqrt(np.square(normalised).sum(axis=-1, keepdims=True).mean(axis=-2, keepdims=True))
+    normalised /= size
+    return place, size, normalised
+
+
+def _most_alike(source: np.ndarray, driving: np.ndarray) -> tuple[int, int]:
+    """The two frames, one of each, between whose normalised landmarks [M, K, 2] and [N, K, 2] the distance is the least."""
+    if source.shape[1] != driving.shape[1]:
+        raise MediaError(f"source has {source.shape[1]} landmarks and driver {driving.shape[1]}; use one landmarker for both")
+    found = np.argmax(source.reshape(len(source), -1) @ driving.reshape(len(driving), -1).T)  # all have one norm: the largest product is the least distance
+    return divmod(int(found), len(driving))
 
 
 def _ramp(start: int, side: int, length: int) -> np.ndarray:
@@ -304,6 +314,12 @@ def _ramp(start: int, side: int, length: int) -> np.ndarray:
     rise = inwards if start > 0 else np.ones_like(inwards)
     fall = inwards[::-1] if start + side < length else np.ones_like(inwards)
     return np.minimum(np.minimum(rise, fall), 1)
+
+
+def _full_weight(ramp: np.ndarray) -> tuple[int, int]:
+    """From where to where a ramp is 1."""
+    full = np.flatnonzero(ramp == 1)
+    return (int(full[0]), int(full[-1]) + 1) if len(full) else (len(ramp), len(ramp))
 
 
 def _within(start: int, side: int, length: int) -> tuple[slice, int, int]:
@@ -315,6 +331,27 @@ def _within(start: int, side: int, length: int) -> tuple[slice, int, int]:
 
 def _resize(image: np.ndarray, size: int) -> np.ndarray:
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if image.shape[0] > size else cv2.INTER_CUBIC)
+
+
+def _resize_part(image: np.ndarray, size: int, rows: slice, columns: slice) -> np.ndarray:
+    """These rows and columns of `_resize(image, size)`, without making much more of it than is asked for."""
+    if size <= len(image):
+        return _resize(image, size)[rows, columns]
+    (y0, y1, top, bottom), (x0, x1, left, right) = (_behind(part, len(image), size) for part in (rows, columns))
+    resized = cv2.resize(image[y0:y1, x0:x1], (right - left, bottom - top), interpolation=cv2.INTER_CUBIC)
+    return resized[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+
+
+def _behind(part: slice, length: int, size: int) -> tuple[int, int, int, int]:
+    """Along an axis of `length` pixels that becomes `size`: the first and last of what `part` of the result is made of, and where these come to lie. Both come
+    to lie between two pixels of the result (to 1/512 of their own width), or resizing what is between them would put it elsewhere."""
+    scale = size / length
+    places = np.arange(length + 1) * scale
+    between = np.flatnonzero(np.abs(places - np.rint(places)) <= scale / 512)
+    reach = 3 * scale  # cubic interpolation looks two pixels around
+    first = between[places[between] <= max(part.start - reach, 0)][-1]
+    last = between[places[between] >= min(part.stop + reach, places[-1])][0]
+    return int(first), int(last), round(places[first]), round(places[last])
 
 
 def _layout(landmarks: np.ndarray) -> _Layout:

@@ -98,12 +98,15 @@ def driver_frames(inputs: Inputs, *, start: int = 0) -> Iterator[UInt8[np.ndarra
 
 def masked_frames(inputs: Inputs, data: DataConfig, *, start: int = 0) -> Iterator[UInt8[np.ndarray, "size size 3"]]:
     """The driver's frames as the model sees them, from number `start` on."""
+    for frame, landmarks in zip(driver_frames(inputs, start=start), inputs.landmarks[start:], strict=True):
+        yield masked(frame, landmarks, data)
+
+
+def masked(frame: UInt8[np.ndarray, "H W 3"], landmarks: Float32[np.ndarray, "K 2"], data: DataConfig) -> UInt8[np.ndarray, "H W 3"]:
+    """A frame of the driver's crop as the model sees it."""
     if not data.driver_mask:
-        yield from driver_frames(inputs, start=start)
-        return
-    boxes = faces.regions(inputs.landmarks[start:], margin=data.region_margin)
-    for frame, box in zip(driver_frames(inputs, start=start), boxes, strict=True):
-        yield faces.mask_frames(frame[None], box[None])[0]
+        return frame
+    return faces.mask_frames(frame[None], faces.regions(landmarks[None], margin=data.region_margin))[0]
 
 
 def middle_square(width: int, height: int) -> faces.Crop:

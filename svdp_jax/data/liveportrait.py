@@ -42,6 +42,21 @@ def interpreter(checkout: pathlib.Path, python: str) -> str:
     return os.path.abspath(found)  # links stay: they tell a virtual environment
 
 
+def revision(checkout: pathlib.Path) -> str | None:
+    """The commit that a checkout stands at; None where git does not say."""
+    git = checkout / ".git"
+    try:
+        head = (git / "HEAD").read_text().strip()
+        branch = head.removeprefix("ref: ")
+        if branch == head:
+            return head
+        if (git / branch).is_file():
+            return (git / branch).read_text().strip()
+        return next((line.split()[0] for line in (git / "packed-refs").read_text().splitlines() if line.endswith(f" {branch}")), None)
+    except OSError:
+        return None
+
+
 def animate(
     picture: UInt8[np.ndarray, "H W 3"], clip: clips.Clip, *, checkout: pathlib.Path, python: str, folder: pathlib.Path
 ) -> tuple[UInt8[np.ndarray, "N H W 3"], pathlib.Path]:

@@ -23,6 +23,7 @@ import time
 import weakref
 from collections.abc import Generator, Iterator, Sequence
 from multiprocessing import resource_tracker
+from typing import NamedTuple
 
 import cv2
 import grain
@@ -40,7 +41,14 @@ ATTEMPTS = 16  # records tried for one sample; if all are bad, so is the dataset
 Frame = UInt8[np.ndarray, "H W 3"]
 Frames = UInt8[np.ndarray, "N H W 3"]
 
-Corrupt = tuple[int, str]  # number of a record, and what is wrong with it
+
+class LeftOut(NamedTuple):
+    """A record in whose place another one stands."""
+
+    number: int
+    problem: str
+    corrupt: bool  # or else whole, and of no use with this config
+
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +69,8 @@ def batches(
     there are any (then the caller's script needs `if __name__ == "__main__"`). `close()` ends them.
 
     No dataset, or one that does not suit `data`: ConfigError, before any batch."""
+    if data.cache and data.workers:
+        raise ConfigError(f"data.workers={data.workers} with data.cache: each would keep clips of its own; set data.workers=0 (threads share them) or no cache")
     if not data.path:
         raise ConfigError(f"data.path is not set; {clips_lib.MAKE.format('DIR')}, then set data.path=DIR")
     clips = clips_lib.open_clips(data.path, split=split)
@@ -68,9 +78,9 @@ def batches(
     rows = range(batch) if rows is None else rows
     make = Samples(clips, data, seed=seed)
 
-    def at_step(step: int) -> tuple[Batch, list[Corrupt]]:
-        samples, corrupt = zip(*(make(start_sample + step * batch + row) for row in rows), strict=True)
-        return Batch(*map(_stack, zip(*samples, strict=True))), [record for records in corrupt for record in records]
+    def at_step(step: int) -> tuple[Batch, list[LeftOut]]:
+        samples, left_out = zip(*(make(start_sample + step * batch + row) for row in rows), strict=True)
+        return Batch(*map(_stack, zip(*samples, strict=True))), [record for records in left_out for record in records]
 
     dataset = grain.MapDataset.range(sys.maxsize).map(at_step)
     if data.workers == 0:
@@ -93,17 +103,24 @@ def _stream(iterator: grain.DatasetIterator, clips: clips_lib.Clips, *, limit: f
         if workers:
             with _deaf():  # each begins when it is first asked
                 first = [next(iterator) for _ in range(workers)]
-        for batch, corrupt in itertools.chain(first, iterator):
-            for number, problem in corrupt:
-                if number not in bad:
-                    bad.add(number)
-                    _log.warning("corrupt record skipped, another one stands in (%d of %d so far): %s", len(bad), len(clips), problem)
+        for batch, left_out in itertools.chain(first, iterator):
+            for record in left_out:
+                if record.number not in bad:
+                    bad.add(record.number)
+                    kind = "corrupt record" if record.corrupt else "clip that does not suit"
+                    _log.warning("%s skipped, another one stands in (%d of %d so far): %s", kind, len(bad), len(clips), record.problem)
             if len(bad) > limit * len(clips):
-                share = f"{len(bad)} of {len(clips)} records of {clips.path} are corrupt, more than data.corrupt_limit={limit:g} allows"
-                raise video.MediaError(f"{share}; the last: {problem}; make the dataset again")
+                raise _unusable(f"{len(bad)} of {len(clips)} records of {clips.path} cannot be used, more than data.corrupt_limit={limit:g} allows", record)
             yield Batch(*map(np.array, batch)) if workers else batch
     finally:
         iterator.close()
+
+
+def _unusable(what: str, last: LeftOut) -> video.MediaError | ConfigError:
+    """The error for too many records that are left out, of which `last` shows what is wrong."""
+    if last.corrupt:
+        return video.MediaError(f"{what}; the last is corrupt: {last.problem}; make the dataset again")
+    return ConfigError(f"{what}; the last: {last.problem}")
 
 
 @contextlib.contextmanager
@@ -137,7 +154,7 @@ def _close(stream: weakref.ref[Generator[Batch, None, None]]) -> None:
 
 
 class Samples:
-    """Sample i of training with `seed`, as a Batch without its first axis, and the corrupt records it met on the way."""
+    """Sample i of training with `seed`, as a Batch without its first axis, and the records left out on the way."""
 
     def __init__(self, clips: clips_lib.Clips, data: DataConfig, *, seed: int):
         self.clips = clips
@@ -145,21 +162,21 @@ class Samples:
         self.seed = seed
         self.read = functools.cache(clips.__getitem__) if data.cache else clips.stored
 
-    def __call__(self, index: int) -> tuple[Batch, list[Corrupt]]:
+    def __call__(self, index: int) -> tuple[Batch, list[LeftOut]]:
         epoch, position = divmod(index, len(self.clips))
         number = int(_order(self.seed, epoch, len(self.clips))[position])
         rng = np.random.default_rng((self.seed, 1, index))
-        corrupt: list[Corrupt] = []
-        while len(corrupt) < ATTEMPTS:
+        left_out: list[LeftOut] = []
+        while len(left_out) < ATTEMPTS:
             try:
                 clip = self.read(number)
                 _check_clip(clip, self.data)
-                # The window is drawn from a generator of its own, so that it does not depend on what was corrupt before.
-                return cut(clip, self.data, rng=np.random.default_rng((self.seed, 2, index))), corrupt
+                # The window is drawn from a generator of its own, so that it does not depend on what was left out before.
+                return cut(clip, self.data, rng=np.random.default_rng((self.seed, 2, index))), left_out
             except (video.MediaError, ConfigError) as error:
-                corrupt.append((number, str(error)))
+                left_out.append(LeftOut(number, str(error), corrupt=isinstance(error, video.MediaError)))
                 number = int(rng.integers(len(self.clips)))
-        raise video.MediaError(f"sample {index}: {ATTEMPTS} records of {self.clips.path} in a row cannot be used; make the dataset again")
+        raise _unusable(f"sample {index}: {ATTEMPTS} records of {self.clips.path} in a row cannot be used", left_out[-1])
 
 
 def cut(clip: clips_lib.Clip, data: DataConfig, *, rng: np.random.Generator) -> Batch:
@@ -241,7 +258,7 @@ def _check_clip(clip: clips_lib.Clip, data: DataConfig) -> None:
     name, needed = f"clip {clip.id} of {data.path}", data.history + data.frames + 1
     if frames < needed:
         window = f"data.history={data.history}, data.frames={data.frames} and a source"
-        raise ConfigError(f"{name} has {frames} frames; {window} need {needed}")
+        raise ConfigError(f"{name} has {frames} frames; {window} need {needed}: make clips of no fewer (prepare's --rules.min-frames), or set a shorter window")
     if not clip.has_driver:
         raise ConfigError(f"{name} has no driver yet; `python -m svdp_jax.data.pairs` makes pairs of clips")
     if abs(clip.fps - data.fps) > 0.01:

@@ -87,6 +87,8 @@ def main(flags: Flags) -> None:
     pieces = [f"{split}/{number}" for split in stored for number in range(len(stored[split]))]
     _check_first(flags.input, stored)
     settings = {name: getattr(flags, name) for name in ("augment", "seed", "attempts", "tolerance", "agreement")}
+    if flags.liveportrait:
+        settings |= {"landmarker": pathlib.Path(landmarker).name, "liveportrait": liveportrait.revision(flags.liveportrait)}
     work = parts.Parts(flags.output, "pairs", settings | {"data": clips.fingerprint(flags.input)}, pieces)
     if work.finished():
         print(f"{flags.output} is complete: see {flags.output / 'report.html'}")

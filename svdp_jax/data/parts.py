@@ -370,6 +370,8 @@ def _divide(sizes: Iterable[int]) -> list[list[int]]:
 def _difference(name: str, before: Any, now: Any) -> str:
     if name == "points":
         return f"{before} landmarks per face"
+    if name == "liveportrait":
+        return f"LivePortrait at {before or 'an unknown commit'}"
     if name == "pieces":
         new, gone = sorted(set(now) - set(before)), sorted(set(before) - set(now))
         told = [f"{len(names)} {word} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for names, word in ((new, "fewer"), (gone, "more")) if names]

@@ -3,8 +3,8 @@
     python -m svdp_jax.data.preview -s SOURCE -d DRIVING -o PICTURE.png [--landmarker face_landmarker.task]
 
 From top to bottom: the files as they are, with crop (green), landmarks (yellow) and regions (blue); the crops; what goes into the
-model: the source's crop as it is, of the driver eyes, nose and mouth alone. From left to right: source, the driver's frame that
-looks most like it, and others, evenly spaced in time.
+model: the source's crop as it is, of the driver eyes, nose and mouth alone (all of it where `data.driver_mask` is off). From
+left to right: source, the driver's frame that looks most like it, and others, evenly spaced in time.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Annotated
 
@@ -21,7 +22,7 @@ import numpy as np
 import tyro
 from jaxtyping import Float32, UInt8
 
-from svdp_jax import cli
+from svdp_jax import cli, files
 from svdp_jax.config import ConfigError, DataConfig, load_config
 from svdp_jax.data import faces, inputs, video
 
@@ -62,6 +63,10 @@ def main(flags: Flags) -> None:
         raise ConfigError(f"--columns {flags.columns}, --max-frames {flags.max_frames}: must be at least 1")
     if not flags.output.absolute().parent.is_dir() or flags.output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ConfigError(f"--output {flags.output}: must be a .png or .jpg in a folder that exists")
+    if flags.output.is_dir():
+        raise ConfigError(f"--output {flags.output}: is a folder; give the picture another name")
+    with files.writing(flags.output):
+        tempfile.TemporaryFile(dir=flags.output.absolute().parent).close()
     data = load_config(flags.config).data if flags.config else DataConfig()
     prepared = inputs.prepare(
         flags.source,
@@ -73,7 +78,9 @@ def main(flags: Flags) -> None:
         align=flags.align,
         max_frames=flags.max_frames,
     )
-    iio.imwrite(flags.output, picture(prepared, data, columns=flags.columns))
+    made = picture(prepared, data, columns=flags.columns)
+    with files.whole(flags.output) as partial:
+        iio.imwrite(partial, made, extension=flags.output.suffix.lower())
     print(f"wrote {flags.output}")
 
 
@@ -109,7 +116,7 @@ def picture(prepared: inputs.Inputs, data: DataConfig, *, columns: int) -> UInt8
             [
                 _titled(_whole(seen[number], prepared.driver_crop, landmarks, box, prepared.size), time),
                 _titled(_marked(crop, landmarks, box), f"crop of {prepared.driver_crop.side} pixels"),
-                _titled(_fitted(faces.mask_frames(crop[None], box[None])[0]), f"into the model: {prepared.size}x{prepared.size}"),
+                _titled(_fitted(inputs.masked(crop, landmarks, data)), f"into the model: {prepared.size}x{prepared.size}"),
             ]
         )
     return np.concatenate([np.concatenate(strip, axis=0) for strip in strips], axis=1)

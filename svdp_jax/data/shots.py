@@ -155,8 +155,7 @@ def with_cuts(frames: Iterable[UInt8[np.ndarray, "H W 3"]]) -> Iterator[tuple[UI
     cuts: set[int] = set()
     waiting: collections.deque[tuple[int, np.ndarray]] = collections.deque()
     for number, frame in enumerate(frames):
-        shrink = min(CUT_SIZE / max(frame.shape[:2]), 1)
-        small = cv2.cvtColor(cv2.resize(frame, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2BGR)
+        small = cv2.cvtColor(detectors.shrunk(frame, CUT_SIZE), cv2.COLOR_RGB2BGR)
         for detector in found:
             cuts |= {cut.frame_num for cut in detector.process_frame(FrameTimecode(number, Fraction(25)), small)}
         waiting.append((number, frame))

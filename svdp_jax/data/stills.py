@@ -79,7 +79,9 @@ def _not_shown(image: Image.Image) -> int:
 def _as_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):  # grey of 16 bits
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
+    return on_white(image.convert("RGBA")) if image.has_transparency_data else np.array(image.convert("RGB"))
+
+
+def on_white(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    """An RGBA image, laid on white where it is transparent."""
+    return np.array(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))

@@ -6,6 +6,7 @@ shape that can be shown; anything else is a MediaError.
 
 from __future__ import annotations
 
+import os
 import pathlib
 from fractions import Fraction
 
@@ -22,7 +23,7 @@ _MOST_STRETCH = 4  # of a pixel, width over height or the other way
 def open_video(path: pathlib.Path) -> av.container.InputContainer:
     """A file that has a moving picture, for the caller to close."""
     try:
-        container = av.open(str(path), metadata_errors="replace")
+        container = av.open(address(path), metadata_errors="replace")
     except READ_ERRORS as error:
         raise MediaError(f"{path}: not a video or image that can be read ({one_line(error)}); use e.g. a complete .mp4 or .jpg") from error
     problem = _problem(container)
@@ -30,6 +31,11 @@ def open_video(path: pathlib.Path) -> av.container.InputContainer:
         container.close()
         raise MediaError(f"{path}: {problem}")
     return container
+
+
+def address(path: str | os.PathLike) -> str:
+    """Of a file, for FFmpeg: absolute, or it would take what is before a colon in its name for a protocol."""
+    return str(pathlib.Path(path).absolute())
 
 
 def _problem(container: av.container.InputContainer) -> str | None:

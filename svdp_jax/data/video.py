@@ -21,17 +21,23 @@ from typing import NamedTuple, TypeVar
 import av
 import numpy as np
 from av.sidedata.sidedata import Type as SideData
+from av.video.reformatter import Colorspace
 from jaxtyping import Float32, UInt8
+from PIL import Image
 
 from svdp_jax.data import stills, streams
-from svdp_jax.data.encoding import CONVERSION, KEY_EVERY, METADATA_KEYS, decode, encode, write_video
+from svdp_jax.data.encoding import CONVERSION, KEY_EVERY, METADATA_KEYS, check_size, decode, encode, write_video
 from svdp_jax.data.timing import STILL_FPS, timing_of
 from svdp_jax.files import MediaError
 
-__all__ = ["KEY_EVERY", "METADATA_KEYS", "STILL_FPS", "MediaError", "VideoInfo", "at_rate", "decode", "encode"]
+__all__ = ["KEY_EVERY", "METADATA_KEYS", "STILL_FPS", "MediaError", "VideoInfo", "at_rate", "check_size", "decode", "encode"]
 __all__ += ["probe", "read_audio", "read_frames", "read_image", "write_video"]
 
 ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".3gp")  # of names of videos, in folders
+
+# Numbers of H.264, which those of other codecs follow.
+_HDR = {16: "PQ", 18: "HLG"}  # curves of brightness
+_NO_COLOURS_SAID = 2
 
 Item = TypeVar("Item")
 
@@ -58,12 +64,13 @@ def probe(path: str | os.PathLike) -> VideoInfo:
 
 
 def read_frames(path: str | os.PathLike) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
-    """Frames of a video, one every 1/fps seconds, upright and with square pixels; of a still image, that image.
+    """Frames of a video, one every 1/fps seconds, upright, with square pixels, laid on white where transparent; of a still image, that image.
 
     Frames that are not evenly spaced are brought to the average rate, and a neighbour stands in for a frame that is
-    missing or cannot be decoded, so that audio stays in time; each gives one warning, however often a file is read. Frames
-    after a damaged one may show traces of it, up to the next key frame. MediaError where there is no frame at all, where the
-    size changes for good, and where times make no sense: over 1000 frames a second, or one that is shown for over a minute.
+    missing or cannot be decoded, so that audio stays in time; each gives one warning, however often a file is read, and so does
+    HDR, whose colours are taken as they are coded. Frames after a damaged one may show traces of it, up to the next key frame.
+    MediaError where there is no frame at all, where the size changes for good, and where times make no sense: over 1000 frames a
+    second, or one that is shown for over a minute.
     """
     path = _existing(path)
     images = stills.frame_count(path)
@@ -147,7 +154,10 @@ def _pictures(path: pathlib.Path, images: int) -> Iterator[tuple[float | None, n
         yield from stills.animation(path)
     else:
         with streams.open_video(path) as container:
-            shape = streams.pixel_shape(streams.moving(container))
+            stream = streams.moving(container)
+            shape, curve = streams.pixel_shape(stream), _HDR.get(stream.codec_context.color_trc)
+            if curve:
+                warnings.warn(f"{path}: is HDR ({curve}); its colours are taken as coded, paler than they are meant; convert it to SDR (BT.709)", stacklevel=1)
             for frame in _tolerant_decode(container):
                 yield frame.time, _as_shown(frame, shape)
 
@@ -168,12 +178,22 @@ def _tolerant_decode(container: av.container.InputContainer) -> Iterator[av.Vide
 
 
 def _as_shown(frame: av.VideoFrame, shape: Fraction) -> np.ndarray:
-    """Pixels made square, and upright: a phone held upright stores pictures that lie on their side, and an angle; one that films its owner may say that they are mirrored."""
-    width, height = round(frame.width * max(shape, 1)), round(frame.height / min(shape, 1))
-    pixels = frame.to_ndarray(format="rgb24", width=width, height=height, **CONVERSION)
+    """Pixels made square, laid on white where transparent, and upright: a phone held upright stores pictures that lie on their side, and an angle; one that
+    films its owner may say that they are mirrored."""
+    transparent = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
+    size = {"width": round(frame.width * max(shape, 1)), "height": round(frame.height / min(shape, 1))}
+    pixels = frame.to_ndarray(format="rgba" if transparent else "rgb24", src_colorspace=_colours(frame), **size, **CONVERSION)
+    if transparent:
+        pixels = stills.on_white(Image.fromarray(pixels))
     turns = round(frame.rotation / 90)
     pixels = np.rot90(pixels, k=turns)
     return np.ascontiguousarray(np.flip(pixels, axis=turns % 2) if _mirrored(frame) else pixels)
+
+
+def _colours(frame: av.VideoFrame) -> Colorspace | None:
+    """BT.709 for frames as large as HD that do not say what their YUV means, as players take them; None: what they say, else FFmpeg's default, BT.601."""
+    large = frame.width >= 1280 or frame.height >= 720
+    return Colorspace.ITU709 if large and frame.colorspace == _NO_COLOURS_SAID else None
 
 
 def _mirrored(frame: av.VideoFrame) -> bool:
