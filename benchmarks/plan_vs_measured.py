@@ -25,7 +25,10 @@ from svdp_jax.plan import rows, targets  # noqa: E402
 def measured(flags: argparse.Namespace, target: targets.Target, remat: str) -> dict[str, Any]:
     """What benchmarks/train_step.py says, in a process of its own: this one leaves the devices to it."""
     command = [sys.executable, str(ROOT / "benchmarks" / "train_step.py"), "--size", flags.size, "--remat", remat, "--batch", str(flags.batch_per_device * target.count)]
-    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"error: benchmarks/train_step.py ended with status {done.returncode} (remat {remat}): what it said stands above")
+    found = json.loads(done.stdout.splitlines()[-1])
     expected = f"{target.count} x {target.device.kind if target.device else 'cpu'}"
     if not found["device"].startswith(expected):
         sys.exit(f"error: --target {target.name} is {expected}, this machine has {found['device']}")

@@ -4,7 +4,7 @@ Data      python -m svdp_jax.data.synthetic --output data/rendered --pairs 3200 
 Command   python train.py --config configs/demo.py --workdir runs/demo \\
               --data.frames 1 --data.history 0 --train.batch 8 --train.steps 60000 --train.stop-at 19500     single frames
           python train.py --config configs/demo.py --workdir runs/demo                                      8 + 3 frames
-Hardware  2 cores of an AMD EPYC, 8 GB of memory; docs/training.md has settings of the allocator that make a step more than twice as fast
+Hardware  2 cores of an AMD EPYC, 8 GB of memory; docs/training.md has settings of the allocator that make a step faster
 Time      0.35 s a step for single frames, 0.85 s for clips: 1 h 55 min and 45 min. The bundled weights came to the same steps in
           six stages, as their card says; from scratch in one piece these two commands were not run.
 Result    svdp_jax/assets/demo/README.md
