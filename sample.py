@@ -43,6 +43,8 @@ DEMO = pathlib.Path(svdp_jax.__file__).parent / "assets" / "demo"
 FIRST_FRAME = "first frame"  # seconds from the start, beside those of the stages
 COLUMNS = ("source", "driving", "output")  # of a file of jobs
 
+Place = sharding.Layout | jax.Device  # where a model is: over all devices, or on one
+
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
@@ -135,16 +137,14 @@ def main(flags: Flags) -> None:
         render_all(jobs, flags, config, models, provenance)
 
 
-def render_all(
-    jobs: list[Job], flags: Flags, config: Config, models: dict[sharding.Layout | jax.Device, Callable[[], Model]], provenance: Callable[[], str]
-) -> None:
+def render_all(jobs: list[Job], flags: Flags, config: Config, models: dict[Place, Callable[[], Model]], provenance: Callable[[], str]) -> None:
     """All jobs, as many at a time as there are places. Exits with status 1, naming them, where some have failed."""
     waiting, failed = queue.SimpleQueue(), []
     for job in jobs:
         waiting.put(job)
     bar = tqdm(total=len(jobs), unit="job", dynamic_ncols=True)
 
-    def work(place: sharding.Layout | jax.Device) -> None:
+    def work(place: Place) -> None:
         with contextlib.nullcontext() if isinstance(place, sharding.Layout) else jax.default_device(place):  # or its noise would wait for the first one
             work_through(models[place])
 
@@ -332,7 +332,7 @@ def jobs_of(flags: Flags) -> list[Job]:
     return jobs
 
 
-def load(flags: Flags, config: Config, weights: files.Place, place: sharding.Layout | jax.Device) -> Model:
+def load(flags: Flags, config: Config, weights: files.Place, place: Place) -> Model:
     """The checkpoint's weights, where they are used. The position table, of which little is used, stays with the host."""
     _, params, frozen = checkpoint.load_weights(flags.checkpoint, pipeline.abstract_weights(config, place), weights)
     layout = place if isinstance(place, sharding.Layout) else None

@@ -173,7 +173,7 @@ def test_choose_backend(monkeypatch, platform, q_shape, keys, dtype, backend):
 @pytest.mark.parametrize(("capability", "platform"), [("9.0", "cuda"), ("10.0", "cuda"), ("7.5", "gpu"), ("gfx90a", "gpu")])
 def test_only_gpus_with_its_kernels_have_cudnn(monkeypatch, capability, platform):
     monkeypatch.setattr(module.jax, "devices", lambda: [types.SimpleNamespace(platform="gpu", compute_capability=capability)])
-    assert module._where() == platform
+    assert module._current_platform() == platform
 
 
 def test_auto_is_the_chosen_backend(monkeypatch):

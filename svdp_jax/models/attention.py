@@ -64,7 +64,7 @@ def attention(
     if q.ndim != 5 or k.shape != v.shape or q.shape[:2] + q.shape[3:] != k.shape[:2] + k.shape[3:]:
         raise ValueError(f"attention wants q [B,G,Q,N,H] and k, v [B,G,K,N,H]; got q {q.shape}, k {k.shape}, v {v.shape}")
     if backend == "auto":
-        backend = choose_backend(_where(), q.shape, k.shape, q.dtype)
+        backend = choose_backend(_current_platform(), q.shape, k.shape, q.dtype)
     if backend not in get_args(Backend):
         raise ValueError(f"unknown attention backend {backend!r}; choose one of {', '.join(get_args(Backend))}")
     if backend == "cudnn" and not _fits_cudnn(q.shape[-1], q.dtype):
@@ -100,7 +100,7 @@ def choose_backend(platform: str, q_shape: Sequence[int], k_shape: Sequence[int]
     return "plain" if batch * groups * heads * queries * keys <= _at_once(platform) else "chunked"
 
 
-def _where() -> str:
+def _current_platform() -> str:
     """The platform of `compiling_for`, or of the device JAX runs on: "cuda" if that has cuDNN's attention in bfloat16, as NVIDIA's have since Ampere."""
     if platform := _platform.get():
         return platform
@@ -157,7 +157,7 @@ def _chunked(q: Array, k: Array, v: Array, lengths: Array | None) -> Array:
     """
     batch, groups, queries, heads, head_size = q.shape
     keys, rows = k.shape[2], batch * groups * heads
-    budget = max(_at_once(_where()), rows * queries * keys // CHUNKS)
+    budget = max(_at_once(_current_platform()), rows * queries * keys // CHUNKS)
     together = max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * queries * keys <= budget))
     parts = math.ceil(queries / max(1, budget // (together * keys)))
     chunk = math.ceil(queries / parts)
