@@ -28,7 +28,7 @@ def start(dataset):
     """start(workdir, *flags, devices, **how): a training in a process of its own."""
 
     def call(workdir, *flags, devices=1, **how):
-        variables = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        variables = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
         given = ["--config", ROOT / "configs" / "tiny.py", "--workdir", workdir, "--data.path", dataset, *RUN, *flags]
         command = [sys.executable, ROOT / "train.py", *given]
         return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how)

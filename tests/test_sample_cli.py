@@ -326,7 +326,7 @@ def test_jobs_are_done_one_after_the_other_and_a_failed_one_stops_none(sample, s
 def test_devices_take_jobs_of_their_own_or_share_one(python, media, workdir, tmp_path):
     rows = [(media / "portrait.png", media / "motion.mp4", tmp_path / name) for name in ("one", "two", "three")]
     jobs = write_jobs(tmp_path / "jobs.csv", *rows)
-    two = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    two = {"JAX_NUM_CPU_DEVICES": "2"}
     done = python("sample.py", "--jobs", jobs, "--checkpoint", workdir, "-o", tmp_path, **two)
     assert done.returncode == 0, done.stderr
     done = python("sample.py", *("-s", rows[0][0]), *("-d", rows[0][1]), "--checkpoint", workdir, "-o", tmp_path / "shared", "--mesh.strategy", "context", **two)

@@ -225,7 +225,7 @@ for history in "joint", "cached":
 
 @pytest.mark.slow
 def test_a_window_over_several_devices_is_that_of_one(python):
-    done = python("-c", SPREAD, XLA_FLAGS="--xla_force_host_platform_device_count=4", PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    done = python("-c", SPREAD, JAX_NUM_CPU_DEVICES="4", PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():
         devices, apart = json.loads(line)

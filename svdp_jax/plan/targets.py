@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import re
 from typing import Any, Literal, NamedTuple
 
@@ -89,7 +88,7 @@ def environment(target: Target) -> dict[str, str]:
     if target.platform == "tpu":
         own |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # several at once
     if target.platform == "cpu":
-        own["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={target.count}".strip()
+        own["JAX_NUM_CPU_DEVICES"] = str(target.count)
     return own
 
 
