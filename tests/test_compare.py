@@ -244,9 +244,9 @@ def test_learned_metrics_see_all_frames_and_what_they_count_is_told(folders, tmp
 
 def test_a_video_in_which_no_face_was_found_is_the_worst(folders, tmp_path):
     flags = argparse.Namespace(report=tmp_path / "page.html", generated=folders[0], protocol="cross", sources=None, shown=1, window=16)
-    rows = [{"name": "face--clip0", "csim": 0.2, "frames": 20}, {"name": "face--clip1", "frames": 20}]
+    rows = [{"name": "face--clip0", "csim": 0.2, "frames": 20, "counts": {}}, {"name": "face--clip1", "frames": 20, "counts": {"csim": {"generated_without_face": 20}}}]
     command.write_page(flags, compare.pairs(*folders), rows, [], {})
-    assert "face--clip1" in (tmp_path / "page.html").read_text()
+    assert "<b>face--clip1</b><br><small>csim: generated without face 20</small>" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize(("channels", "rate"), [(1, 44100), (2, 48000)])

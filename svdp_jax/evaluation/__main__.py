@@ -151,8 +151,13 @@ def summary(rows: Sequence[dict[str, Any]], overall: dict[str, learned.Outcome],
             counts.update(row["counts"][metric])
         if not any(name.split("_")[0] == metric for name in found | joint):
             lines.append(page.Line(metric, "not measured", "", told(outcome.counts or counts)))
-        lines += [page.Line(f"{metric}: {name.replace('_', ' ')}", str(count), "", "in all videos") for name, count in counts.items() if "without" in name and count]
+        lines += [page.Line(name, str(count), "", "in all videos") for name, count in lacking(metric, counts).items()]
     return lines
+
+
+def lacking(metric: str, counts: dict[str, int]) -> dict[str, int]:
+    """What a learned metric looked for and did not find, in words, and how often."""
+    return {f"{metric}: {name.replace('_', ' ')}": count for name, count in counts.items() if "without" in name and count}
 
 
 def joint_figures(overall: dict[str, learned.Outcome]) -> dict[str, float]:
@@ -177,7 +182,9 @@ def write_page(
     pairs = {pair.name: pair for pair in found}
     by = next((name for name in RANKS if name in means(rows)), "")
     ranked = sorted(rows, key=lambda row: RANKS[by] * row[by] if by in row else -math.inf)  # none: no face was found
-    told = lambda row: ", ".join(f"{name} {value:.3g}" for name, value in row.items() if isinstance(value, float))
+    figures_of = lambda row: {name: value for name, value in row.items() if isinstance(value, float)}
+    lacks_of = lambda row: {name: count for metric, counts in row["counts"].items() for name, count in lacking(metric, counts).items()}
+    told = lambda row: ", ".join(f"{name} {value:.3g}" for name, value in (figures_of(row) | lacks_of(row)).items())
     clips = [page.Clip(pairs[row["name"]], told(row), portrait_of(pairs[row["name"]], flags)) for row in ranked[: flags.shown]]
     curves = {PLAIN[name][0]: [row["windows"][name] for row in rows] for name in ("l1", "psnr")} if flags.protocol == "self" else {}
     title = f"{flags.generated.resolve().name}: {len(rows)} videos, protocol {flags.protocol}"
