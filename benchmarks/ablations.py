@@ -1,6 +1,6 @@
 """The paper's questions, answered on rendered portraits, where the truth is at hand.
 
-    python benchmarks/ablations.py --workdir runs/ablations [--only svdp,zero,guidance] [--seeds 0,1,2] [--steps 4000] [--clips 16]
+    python benchmarks/ablations.py --workdir runs/ablations [--only svdp,zero,guidance] [--seeds 0,1,2] [--trained] [--steps 4000] [--clips 16]
 
 Every variant is configs/ablations.py with the few fields that its question is about, trained by train.py with as much compute as the first one takes for its steps
 (FLOP of `models/flops.py`: where a step costs more, there are fewer), and rolled out over ten windows of held-out pairs by `svdp_jax.evaluation.rendered`, of which the
@@ -57,13 +57,13 @@ VARIANTS = {
     "svdp-guided": Variant(weights="svdp", guidance=GUIDED),
     "zero-guided": Variant(weights="zero", guidance=GUIDED),
 }
-QUESTIONS = {  # -> which variants answer it, and the figures that tell
-    "full-video attention, or factorized": (("svdp", "factorized"), ("psnr", "regions", "change", "seams", "mouth", "gaze")),
-    "history, or none": (("svdp", "no-history"), ("psnr", "regions", "change", "seams", "drift", "mouth")),
-    "history last, or from the start": (("svdp", "history-from-start"), ("psnr", "regions", "mouth", "opening", "gaze", "drift")),
-    "dropped signals left out, or zero": (("svdp", "zero", "svdp-guided", "zero-guided"), ("psnr", "regions", "mouth", "opening", "gaze")),
-    "history joint, or cached": (("svdp", "cached"), ("psnr", "regions", "change", "seams", "drift")),
-    "the driver masked, or whole": (("svdp", "same-masked", "same-whole"), ("psnr", "rest", "leak", "mouth", "gaze")),
+QUESTIONS = {  # -> which variants answer it, the figures that tell, and the one that is drawn beside the errors
+    "full-video attention, or factorized": (("svdp", "factorized"), ("psnr", "regions", "change", "seams", "mouth", "gaze"), "change"),
+    "history, or none": (("svdp", "no-history"), ("psnr", "regions", "change", "seams", "drift", "mouth"), "seams"),
+    "history last, or from the start": (("svdp", "history-from-start"), ("psnr", "regions", "mouth", "opening", "gaze", "drift"), "gaze"),
+    "dropped signals left out, or zero": (("svdp", "zero", "svdp-guided", "zero-guided"), ("psnr", "regions", "mouth", "opening", "gaze", "seams"), "gaze"),
+    "history joint, or cached": (("svdp", "cached"), ("psnr", "regions", "change", "seams", "drift"), "seams"),
+    "the driver masked, or whole": (("svdp", "same-masked", "same-whole"), ("psnr", "rest", "leak", "mouth", "gaze"), "leak"),
 }
 BOUNDS = {"a copy of the source": "copy", "the latents, decoded": "autoencoder", "the truth, as it is read": "truth"}  # what figures lie between
 SIGNALS = "source", "driving", "history"
@@ -74,34 +74,50 @@ WEIGHTS = (0.5, 1.0, 1.5, 2.0, 3.0)  # of one signal, the others at 1
 
 def main() -> None:
     flags = parse()
-    variants = [name for name in VARIANTS if name in flags.only]
-    datasets = {name: make_data(flags.workdir / name, name) for name in {VARIANTS[variant].pairs for variant in variants}}
-    found = {variant: [figures(variant, seed, datasets[VARIANTS[variant].pairs], flags) for seed in flags.seeds] for variant in variants}
-    sweeps = SIGNALS if GUIDANCE in flags.only else ()
-    swept = {signal: [[guided(signal, weight, seed, flags) for seed in flags.seeds] for weight in WEIGHTS] for signal in sweeps}
-    steps = {variant: equal_steps(variant, flags.steps) for variant in variants}
-    results = {"steps": steps, "seeds": flags.seeds, "clips": flags.clips, "variants": found, "guidance": swept}
+    asked = [(variant, seed) for variant in VARIANTS if variant in flags.only for seed in flags.seeds]
+    if not flags.trained:
+        train([run for run in asked if not is_trained(*run, flags)], flags)
+    seeds: dict[str, list[int]] = {}
+    for variant, seed in asked:
+        if is_trained(variant, seed, flags):
+            seeds.setdefault(variant, []).append(seed)
+    if not seeds:
+        sys.exit(f"error: nothing that was asked for is trained to the end in {flags.workdir}")
+    found = {variant: [evaluate(variant, VARIANTS[variant].guidance, seed, flags) for seed in there] for variant, there in seeds.items()}
+    swept = {}
+    for signal in SIGNALS if GUIDANCE in flags.only and "svdp" in seeds else ():
+        weighted = [tuple(weight if name == signal else 1.0 for name in SIGNALS) for weight in WEIGHTS]
+        swept[signal] = [[evaluate("svdp", guidance, seed, flags) for seed in seeds["svdp"]] for guidance in weighted]
+    steps = {variant: equal_steps(variant, flags.steps) for variant in seeds}
+    results = {"steps": steps, "seeds": seeds, "clips": flags.clips, "variants": found, "guidance": swept}
     with files.whole(flags.workdir / "figures.json") as partial:
         partial.write_text(json.dumps(results, indent=1) + "\n")
     print("\n\n".join(tables(results)))
     draw(results, flags.workdir)
 
 
-def make_data(directory: pathlib.Path, pairs: str) -> pathlib.Path:
-    """Pairs to train on; those that are there are kept."""
-    run("-m", "svdp_jax.data.synthetic", "--output", directory, "--pairs", 1600, "--size", 64, *(["--same-person"] if pairs == "themselves" else []))
-    return directory
+def train(runs: list[tuple[str, int]], flags: argparse.Namespace) -> None:
+    """Pairs to train on, and these runs; what is there of both is kept."""
+    datasets = {pairs: flags.workdir / pairs for pairs in {VARIANTS[variant].pairs for variant, _ in runs}}
+    for pairs, folder in datasets.items():
+        run("-m", "svdp_jax.data.synthetic", "--output", folder, "--pairs", 1600, "--size", 64, *(["--same-person"] if pairs == "themselves" else []))
+    for variant, seed in runs:
+        if not is_trained(variant, seed, flags):  # by now: two variants can have the same weights
+            of = VARIANTS[variant].weights or variant
+            given = ["--data.path", datasets[VARIANTS[variant].pairs], "--train.seed", seed, *trained(of, equal_steps(of, flags.steps))]
+            run("train.py", "--config", CONFIG, "--workdir", weights_of(variant, seed, flags), *given)
 
 
-def figures(variant: str, seed: int, data: pathlib.Path, flags: argparse.Namespace) -> dict[str, Any]:
-    """Of a variant, trained with this seed."""
-    of, guidance = VARIANTS[variant].weights or variant, VARIANTS[variant].guidance
-    folder, steps = flags.workdir / f"{of}-{seed}", equal_steps(of, flags.steps)
+def weights_of(variant: str, seed: int, flags: argparse.Namespace) -> pathlib.Path:
+    return flags.workdir / f"{VARIANTS[variant].weights or variant}-{seed}"
+
+
+def is_trained(variant: str, seed: int, flags: argparse.Namespace) -> bool:
+    """To the end."""
+    folder, steps = weights_of(variant, seed, flags), equal_steps(VARIANTS[variant].weights or variant, flags.steps)
     if (config := folder / "config.json").exists() and (there := json.loads(config.read_text())["train"]["steps"]) != steps:
         sys.exit(f"error: {folder} holds a run of {there} steps, not of {steps}: another --workdir")
-    if not (folder / "checkpoints" / str(steps)).exists():
-        run("train.py", "--config", CONFIG, "--workdir", folder, "--data.path", data, "--train.seed", seed, *trained(of, steps))
-    return evaluate(folder, guidance, flags)
+    return (folder / "checkpoints" / str(steps)).exists()
 
 
 def trained(variant: str, steps: int) -> list[Any]:
@@ -123,13 +139,9 @@ def compute(variant: str, steps: int) -> float:
     return (steps - with_history) * flops.train_step(config, with_history=False).total + with_history * flops.train_step(config, with_history=True).total
 
 
-def guided(signal: str, weight: float, seed: int, flags: argparse.Namespace) -> dict[str, Any]:
-    """Of the first variant, with another weight of one signal."""
-    return evaluate(flags.workdir / f"svdp-{seed}", tuple(weight if name == signal else 1.0 for name in SIGNALS), flags)
-
-
-def evaluate(folder: pathlib.Path, guidance: tuple[float, ...], flags: argparse.Namespace) -> dict[str, Any]:
-    """The figures of a trained variant over so many clips, which are measured once."""
+def evaluate(variant: str, guidance: tuple[float, ...], seed: int, flags: argparse.Namespace) -> dict[str, Any]:
+    """The figures of what is trained over so many clips, which are measured once."""
+    folder = weights_of(variant, seed, flags)
     path = folder / f"figures-{flags.clips}-{'-'.join(map(str, guidance))}.json"
     if not path.exists():
         asked = ("--clips", flags.clips, "--frames", WINDOWS * WINDOW, "--json", path, "--guidance", *guidance)
@@ -152,7 +164,7 @@ def tables(results: dict[str, Any]) -> list[str]:
     bounds = [f"0. between what figures lie\n\n{table({title: [values] for title, values in limits.items()}, BOUNDED)}"]
     answered = [
         f"{number}. {question}\n\n{table({variant: found[variant] for variant in variants}, names)}"
-        for number, (question, (variants, names)) in enumerate(QUESTIONS.items(), start=1)
+        for number, (question, (variants, names, _)) in enumerate(QUESTIONS.items(), start=1)
         if set(variants) <= set(found)
     ]
     swept = [f"guidance: {signal}\n\n{table(dict(zip(map(str, WEIGHTS), runs, strict=True)), SWEPT)}" for signal, runs in results["guidance"].items()]
@@ -178,24 +190,29 @@ def table(found: dict[str, list[dict[str, Any]]], names: tuple[str, ...]) -> str
 def draw(results: dict[str, Any], folder: pathlib.Path) -> None:
     """A picture for each of the tables."""
     found = results["variants"]
-    for number, (question, (variants, _)) in enumerate(QUESTIONS.items(), start=1):
+    for number, (question, (variants, _, telling)) in enumerate(QUESTIONS.items(), start=1):
         if set(variants) <= set(found):
-            draw_windows({variant: found[variant] for variant in variants}, question, folder / f"question{number}.png")
+            draw_variants({variant: found[variant] for variant in variants}, question, telling, folder / f"question{number}.png")
     if results["guidance"]:
         draw_guidance(results["guidance"], folder / "guidance.png")
 
 
-def draw_windows(found: dict[str, list[dict[str, Any]]], title: str, path: pathlib.Path) -> None:
-    """Error of each window: a line for each variant, a thin one for each seed."""
-    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+def draw_variants(found: dict[str, list[dict[str, Any]]], title: str, telling: str, path: pathlib.Path) -> None:
+    """Error of each window, a line for each variant and a thin one for each seed; and one figure, a dot for each seed."""
+    figure, (curves, dots) = plt.subplots(1, 2, figsize=(9, 3.2), width_ratios=(3, 2), layout="constrained")
     for number, (variant, runs) in enumerate(found.items()):
-        curves = [figures["error_by_window"] for figures in runs]
-        windows = range(1, len(curves[0]) + 1)
-        for curve in curves:
-            axes.plot(windows, curve, color=f"C{number}", linewidth=0.6, alpha=0.6)
-        axes.plot(windows, [statistics.mean(values) for values in zip(*curves, strict=True)], color=f"C{number}", linewidth=2, label=variant)
-    axes.set(xlabel="window", ylabel="mean absolute error", title=title, ylim=(0, None))
-    axes.legend()
+        errors = [figures["error_by_window"] for figures in runs]
+        windows = range(1, len(errors[0]) + 1)
+        for error in errors:
+            curves.plot(windows, error, color=f"C{number}", linewidth=0.6, alpha=0.6)
+        curves.plot(windows, [statistics.mean(values) for values in zip(*errors, strict=True)], color=f"C{number}", linewidth=2, label=variant)
+        dots.plot([figures[telling] for figures in runs], [number] * len(runs), "o", color=f"C{number}")
+    highest = max(max(figures["error_by_window"]) for runs in found.values() for figures in runs)
+    curves.set(xlabel="window", ylabel="mean absolute error", title=title, ylim=(0, 1.1 * highest))
+    curves.legend(loc="lower right")
+    most = max(figures[telling] for runs in found.values() for figures in runs)
+    dots.set(xlabel=telling, yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.5, -0.5), xlim=(0, 1.1 * most))
+    dots.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -217,6 +234,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     parser.add_argument("--only", default=",".join([*VARIANTS, GUIDANCE]), help="variants, and guidance, with commas (default: all)")
     parser.add_argument("--seeds", default="0,1,2", help="of training, with commas (default: %(default)s)")
+    parser.add_argument("--trained", action="store_true", help="train nothing: of the runs that are done")
     parser.add_argument("--steps", type=int, default=4000, help="of training the first variant (default: %(default)s)")
     parser.add_argument("--clips", type=int, default=16, help="held-out pairs (default: %(default)s)")
     flags = parser.parse_args()

@@ -31,7 +31,7 @@ def test_a_variant_changes_what_its_question_is_about():
         "same-whole": {"data.driver_mask": False},
     }  # fmt: skip
     assert set(guided_passes(ablations.GUIDED, with_history=True)) == {0, 1, 2, 3}
-    asked = {variant for variants, _ in ablations.QUESTIONS.values() for variant in variants}
+    asked = {variant for variants, _, _ in ablations.QUESTIONS.values() for variant in variants}
     assert asked == set(ablations.VARIANTS)
 
 
