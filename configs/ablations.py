@@ -2,7 +2,7 @@
 
 Command   python benchmarks/ablations.py --workdir runs/ablations
 Hardware  2 cores of an AMD EPYC
-Result    not complete yet
+Result    docs/method.md
 """
 
 from svdp_jax.config import AutoencoderConfig, Config, DataConfig, LevelConfig, ModelConfig, SampleConfig, TrainConfig

@@ -180,14 +180,14 @@ def lowered_step():
 
 def test_a_program_without_machine_code_is_the_one_with_it(tmp_path):
     found, whole = compiler.optimise(lowered_step(), tmp_path), compiler.of_machine_code(lowered_step().compile())
-    assert list(tmp_path.glob(f"*{compiler.LAST}")), "it was read from what XLA wrote"
+    assert list(tmp_path.glob(f"*{compiler.REPORT}")), "it was read from what XLA wrote"
     assert (found.arguments, found.temporaries) == (whole.arguments, whole.temporaries) and found.arguments == 4 * (16 * 32 + 7 * 32 * 32)
     read = [costs.of(program.text, {"data": 1}, targets.PLANNED["h100"]) for program in (found, whole)]
     assert read[0] == read[1] and read[0].flops == 7 * 2 * 16 * 32 * 32
 
 
 def test_a_compiler_that_writes_under_other_names_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiler, "LAST", "never-written.txt")
+    monkeypatch.setattr(compiler, "REPORT", "never-written.txt")
     assert compiler.optimise(lowered_step(), tmp_path).arguments == 4 * (16 * 32 + 7 * 32 * 32)
 
 

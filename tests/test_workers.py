@@ -96,7 +96,8 @@ def test_processes_and_what_they_have_started_end_with_their_parent(tmp_path, en
     paths = [str(tmp_path / name) for name in "ab"]
     code = f"import test_workers as t\nif __name__ == '__main__': list(t.workers.in_processes(t.tell_and_wait, {paths}, workers=2))"
     (tmp_path / "parent.py").write_text(code)
-    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], env=os.environ | {"PYTHONPATH": os.path.dirname(__file__)}, stderr=subprocess.DEVNULL)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], env=os.environ | {"PYTHONPATH": os.path.dirname(__file__)}, stderr=subprocess.DEVNULL, preexec_fn=heed)
     wait_for(lambda: all(os.path.exists(path) and pathlib.Path(path).read_text() for path in paths), seconds=60)
     children = [int(number) for path in paths for number in pathlib.Path(path).read_text().split()]
     assert len(children) == 4 and all(map(alive, children))

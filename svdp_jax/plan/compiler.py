@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import jax
 
-PROGRAM, PLACES, LAST = "after_optimizations.txt", "after_optimizations-buffer-assignment.txt", "after_optimizations-memory-usage-report.txt"  # written in this order
+PLACES, REPORT = "after_optimizations-buffer-assignment.txt", "after_optimizations-memory-usage-report.txt"  # written in this order
+PROGRAM = "after_optimizations.txt"  # before them, or (jax 0.11) behind them
+END = re.compile(r"^ENTRY .*^\}$", re.MULTILINE | re.DOTALL)  # of a program's text
 POLL = 0.1  # seconds
 ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (.*)$", re.MULTILINE)
 
@@ -38,14 +40,22 @@ def optimise(lowered: jax.stages.Lowered, directory: pathlib.Path) -> Optimised:
             machine.set_exception(problem)
 
     threading.Thread(target=compile_whole, daemon=True).start()
-    while not (written := list(directory.glob(f"*{LAST}"))):
+    while not (found := written(directory)):
         try:
             return of_machine_code(machine.result(timeout=POLL))  # of a compiler that writes under other names
         except concurrent.futures.TimeoutError:
             continue
-    begin = str(written[0]).removesuffix(LAST)
-    arguments, temporaries = places(pathlib.Path(begin + PLACES).read_text())
-    return Optimised(pathlib.Path(begin + PROGRAM).read_text(), arguments, temporaries)
+    return found
+
+
+def written(directory: pathlib.Path) -> Optimised | None:
+    """What XLA has written there by now, if that is all of it."""
+    for report in directory.glob(f"*{REPORT}"):
+        begin = str(report).removesuffix(REPORT)
+        program = pathlib.Path(begin + PROGRAM)
+        if program.exists() and END.search(text := program.read_text()):
+            return Optimised(text, *places(pathlib.Path(begin + PLACES).read_text()))
+    return None
 
 
 def of_machine_code(compiled: jax.stages.Compiled) -> Optimised:
