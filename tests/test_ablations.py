@@ -1,6 +1,7 @@
 """The questions of the ablations: each variant changes what its question is about and nothing else, and tables and pictures say what was found."""
 
 import dataclasses
+import json
 import sys
 
 import pytest
@@ -56,3 +57,11 @@ def test_tables_have_means_and_what_seeds_lie_between(tmp_path):
     ablations.draw(results, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["guidance.png", "question1.png"]
     assert all(path.stat().st_size > 5000 for path in tmp_path.iterdir())
+
+
+def test_the_page_has_the_tables_that_were_measured():
+    results = json.loads((ROOT / "benchmarks" / "results" / "ablations.json").read_text())
+    page = (ROOT / "docs" / "method.md").read_text()
+    for titled in ablations.tables(results):
+        assert titled.split("\n\n")[1] in page, titled
+    assert set(results["variants"]) == set(ablations.VARIANTS)
