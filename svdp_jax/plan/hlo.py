@@ -90,15 +90,23 @@ class Module:
         self.computations: dict[str, list[Op]] = {}
         self.entry = ""
         current: list[Op] = []
+        types_of: dict[str, str] = {}
         for line in text.splitlines():
             if header := _COMPUTATION.match(line):
-                current = self.computations[header[2]] = []
+                current, types_of = [], {}
+                self.computations[header[2]] = current
                 if header[1]:
                     self.entry = header[2]
             elif match := _OP.match(line):
                 root, name, types, kind, rest = match.groups()
                 inside, behind = _operands(rest)
-                operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+                operands = tuple(re.findall(r"%([\w.\-#]+)", inside))
+                types_of[name] = types
+                for part in operands:
+                    if "#" in part and part not in types_of:  # an element of a tuple, as the text of jax 0.11 has it: without an operation of its own
+                        whole, _, index = part.rpartition("#")
+                        types_of[part] = _element(types_of[whole], int(index))
+                        current.append(Op(part, "get-tuple-element", _arrays(types_of[part]), (whole,), f", index={index}", False))
                 current.append(Op(name, kind, _arrays(types), operands, inside + ")" + behind if kind in ("parameter", "constant") else behind, bool(root)))
         if not self.entry:
             raise ValueError("this is no text of a compiled program: nothing is marked ENTRY")
@@ -258,6 +266,18 @@ def _iota(shape: str, order: str | None) -> np.ndarray:
     """0, 1, 2, .. in this shape, its axes in this order."""
     sizes = [int(n) for n in shape.split(",")]
     return np.arange(math.prod(sizes)).reshape(sizes).transpose([int(n) for n in order.split(",")] if order else None)
+
+
+def _element(types: str, index: int) -> str:
+    """The type of an element of a tuple."""
+    depth, parts = 0, [""]
+    for character in types.strip()[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts[index]
 
 
 def _operands(rest: str) -> tuple[str, str]:
