@@ -76,7 +76,7 @@ def main() -> None:
     flags = parse()
     asked = [(variant, seed) for variant in VARIANTS if variant in flags.only for seed in flags.seeds]
     if not flags.trained:
-        train([run for run in asked if not is_trained(*run, flags)], flags)
+        train(asked, flags)
     seeds: dict[str, list[int]] = {}
     for variant, seed in asked:
         if is_trained(variant, seed, flags):
@@ -96,32 +96,35 @@ def main() -> None:
     draw(results, flags.workdir)
 
 
-def train(runs: list[tuple[str, int]], flags: argparse.Namespace) -> None:
-    """Pairs to train on, and these runs; what is there of both is kept."""
-    datasets = {pairs: flags.workdir / pairs for pairs in {VARIANTS[variant].pairs for variant, _ in runs}}
-    for pairs, folder in datasets.items():
-        run("-m", "svdp_jax.data.synthetic", "--output", folder, "--pairs", 1600, "--size", 64, *(["--same-person"] if pairs == "themselves" else []))
-    for variant, seed in runs:
-        if not is_trained(variant, seed, flags):  # by now: two variants can have the same weights
-            of = VARIANTS[variant].weights or variant
-            given = ["--data.path", datasets[VARIANTS[variant].pairs], "--train.seed", seed, *trained(of, equal_steps(of, flags.steps))]
-            run("train.py", "--config", CONFIG, "--workdir", weights_of(variant, seed, flags), *given)
+def train(asked: list[tuple[str, int]], flags: argparse.Namespace) -> None:
+    """What is missing, and pairs to train on."""
+    missing = dict.fromkeys((weights_of(variant), seed) for variant, seed in asked if not is_trained(variant, seed, flags))
+    for pairs in {VARIANTS[variant].pairs for variant, _ in missing}:
+        run("-m", "svdp_jax.data.synthetic", "--output", flags.workdir / pairs, "--pairs", 1600, "--size", 64, *(["--same-person"] if pairs == "themselves" else []))
+    for variant, seed in missing:
+        given = ("--data.path", flags.workdir / VARIANTS[variant].pairs, "--train.seed", seed, *flags_of(variant, equal_steps(variant, flags.steps)))
+        run("train.py", "--config", CONFIG, "--workdir", workdir_of(variant, seed, flags), *given)
 
 
-def weights_of(variant: str, seed: int, flags: argparse.Namespace) -> pathlib.Path:
-    return flags.workdir / f"{VARIANTS[variant].weights or variant}-{seed}"
+def weights_of(variant: str) -> str:
+    """The variant that is trained: itself, or another."""
+    return VARIANTS[variant].weights or variant
+
+
+def workdir_of(variant: str, seed: int, flags: argparse.Namespace) -> pathlib.Path:
+    return flags.workdir / f"{weights_of(variant)}-{seed}"
 
 
 def is_trained(variant: str, seed: int, flags: argparse.Namespace) -> bool:
     """To the end."""
-    folder, steps = weights_of(variant, seed, flags), equal_steps(VARIANTS[variant].weights or variant, flags.steps)
+    folder, steps = workdir_of(variant, seed, flags), equal_steps(weights_of(variant), flags.steps)
     if (config := folder / "config.json").exists() and (there := json.loads(config.read_text())["train"]["steps"]) != steps:
         sys.exit(f"error: {folder} holds a run of {there} steps, not of {steps}: another --workdir")
     return (folder / "checkpoints" / str(steps)).exists()
 
 
-def trained(variant: str, steps: int) -> list[Any]:
-    """Flags of train.py: history comes in the last quarter, unless the variant says otherwise."""
+def flags_of(variant: str, steps: int) -> list[Any]:
+    """Of train.py: history comes in the last quarter, unless the variant says otherwise."""
     own = VARIANTS[variant].flags
     curriculum = [] if "--train.history-from-step" in own else ["--train.history-from-step", steps * 3 // 4]
     return ["--train.steps", steps, *curriculum, *own]
@@ -134,14 +137,14 @@ def equal_steps(variant: str, steps: int) -> int:
 
 def compute(variant: str, steps: int) -> float:
     """FLOP of a variant's training."""
-    config = cli.parse(load_config(CONFIG), list(map(str, trained(variant, steps))), description="", prog="")
+    config = cli.parse(load_config(CONFIG), list(map(str, flags_of(variant, steps))), description="", prog="")
     with_history = sum(map(config.has_history, range(steps)))
     return (steps - with_history) * flops.train_step(config, with_history=False).total + with_history * flops.train_step(config, with_history=True).total
 
 
 def evaluate(variant: str, guidance: tuple[float, ...], seed: int, flags: argparse.Namespace) -> dict[str, Any]:
     """The figures of what is trained over so many clips, which are measured once."""
-    folder = weights_of(variant, seed, flags)
+    folder = workdir_of(variant, seed, flags)
     path = folder / f"figures-{flags.clips}-{'-'.join(map(str, guidance))}.json"
     if not path.exists():
         asked = ("--clips", flags.clips, "--frames", WINDOWS * WINDOW, "--json", path, "--guidance", *guidance)
@@ -149,7 +152,7 @@ def evaluate(variant: str, guidance: tuple[float, ...], seed: int, flags: argpar
     found = json.loads(path.read_text())
     bounds = [f"{name}_{bound}" for name in BOUNDED for bound in BOUNDS.values()]
     means = {name: found["figures"][name]["mean"] for name in (*FIGURES, *bounds) if name in found["figures"]}
-    return means | {"error_by_window": found["error_by_window"]}
+    return means | {name: found[name] for name in ("error_by_window", "date", "device", "versions")}
 
 
 def run(*command: Any) -> None:

@@ -24,7 +24,7 @@ def flat(config):
 def test_a_variant_changes_what_its_question_is_about():
     changed, trained = {}, [name for name, variant in ablations.VARIANTS.items() if not variant.weights]
     for name in trained:
-        config = cli.parse(BASE, [str(flag) for flag in ablations.trained(name, 4000)], description="", prog="")
+        config = cli.parse(BASE, [str(flag) for flag in ablations.flags_of(name, 4000)], description="", prog="")
         changed[name] = {field: value for field, value in flat(config).items() if value != flat(BASE)[field]}
     assert changed == {
         "svdp": {}, "same-masked": {}, "factorized": {"model.temporal": "factorized"}, "no-history": {"data.history": 0},
