@@ -59,11 +59,11 @@ VARIANTS = {
 }
 QUESTIONS = {  # -> which variants answer it, the figures that tell, and the one that is drawn beside the errors
     "full-video attention, or factorized": (("svdp", "factorized"), ("psnr", "regions", "change", "seams", "mouth", "gaze"), "change"),
-    "history, or none": (("svdp", "no-history"), ("psnr", "regions", "change", "seams", "drift", "mouth"), "seams"),
+    "history, or none": (("svdp", "no-history"), ("psnr", "regions", "change", "seams", "drift", "mouth", "gaze"), "seams"),
     "history last, or from the start": (("svdp", "history-from-start"), ("psnr", "regions", "mouth", "opening", "gaze", "drift"), "gaze"),
     "dropped signals left out, or zero": (("svdp", "zero", "svdp-guided", "zero-guided"), ("psnr", "regions", "mouth", "opening", "gaze", "seams"), "gaze"),
     "history joint, or cached": (("svdp", "cached"), ("psnr", "regions", "change", "seams", "drift"), "seams"),
-    "the driver masked, or whole": (("svdp", "same-masked", "same-whole"), ("psnr", "rest", "leak", "mouth", "gaze"), "leak"),
+    "the driver masked, or whole": (("svdp", "same-masked", "same-whole"), ("psnr", "regions", "rest", "leak", "mouth", "gaze"), "leak"),
 }
 BOUNDS = {"a copy of the source": "copy", "the latents, decoded": "autoencoder", "the truth, as it is read": "truth"}  # what figures lie between
 SIGNALS = "source", "driving", "history"
@@ -88,7 +88,7 @@ def main() -> None:
     for signal in SIGNALS if GUIDANCE in flags.only and "svdp" in seeds else ():
         weighted = [tuple(weight if name == signal else 1.0 for name in SIGNALS) for weight in WEIGHTS]
         swept[signal] = [[evaluate("svdp", guidance, seed, flags) for seed in seeds["svdp"]] for guidance in weighted]
-    steps = {variant: equal_steps(variant, flags.steps) for variant in seeds}
+    steps = {variant: equal_steps(weights_of(variant), flags.steps) for variant in seeds}
     results = {"steps": steps, "seeds": seeds, "clips": flags.clips, "variants": found, "guidance": swept}
     with files.whole(flags.workdir / "figures.json") as partial:
         partial.write_text(json.dumps(results, indent=1) + "\n")

@@ -369,7 +369,7 @@ needs_media = pytest.mark.skipif(not (MEDIA / "driving").is_dir(), reason="no re
 
 
 @needs_media
-@pytest.mark.skipif(importlib.util.find_spec("mediapipe") is None, reason="no MediaPipe: pip install 'svdp_jax[face]'")
+@pytest.mark.skipif(importlib.util.find_spec("mediapipe") is None, reason="no MediaPipe: pip install -e '.[face]'")
 def test_mediapipe_on_real_faces():
     detector = detectors.make_detector(MEDIA / "face_landmarker.task")
     frames = [frame for frame, _ in zip(video.read_frames(MEDIA / "driving" / "d18.mp4"), range(20), strict=False)]

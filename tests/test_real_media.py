@@ -12,7 +12,7 @@ from svdp_jax.config import DataConfig
 from svdp_jax.data import faces, inputs, preview, video
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (MEDIA / "driving").is_dir(), reason="no real media: set SVDP_TEST_MEDIA")]
-needs_mediapipe = pytest.mark.skipif(importlib.util.find_spec("mediapipe") is None, reason="no MediaPipe: pip install 'svdp_jax[face]'")
+needs_mediapipe = pytest.mark.skipif(importlib.util.find_spec("mediapipe") is None, reason="no MediaPipe: pip install -e '.[face]'")
 
 
 def sound(path):

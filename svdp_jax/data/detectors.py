@@ -83,7 +83,7 @@ def mediapipe_detector(task_path: str | os.PathLike, *, max_faces: int = 4) -> D
         with ThreadPoolExecutor(1) as thread:
             mp = thread.submit(importlib.import_module, "mediapipe").result()
     except (ImportError, OSError) as error:
-        raise MediaError(f"a .task landmarker needs MediaPipe ({error}): pip install 'svdp_jax[face]'") from error
+        raise MediaError(f"a .task landmarker needs MediaPipe ({error}): pip install -e '.[face]'") from error
     vision = mp.tasks.vision
     options = vision.FaceLandmarkerOptions(base_options=mp.tasks.BaseOptions(model_asset_path=os.fspath(task_path)), num_faces=max_faces)
 
