@@ -23,6 +23,7 @@ import shutil
 import sys
 import tempfile
 import traceback
+import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -40,6 +41,7 @@ from svdp_jax.stopwatch import Stopwatch
 from svdp_jax.types import Frozen
 
 DEMO = pathlib.Path(svdp_jax.__file__).parent / "assets" / "demo"
+ENDINGS = (".mp4", ".json", "_concat.mp4")  # of what is written for a job
 FIRST_FRAME = "first frame"  # seconds from the start, beside those of the stages
 COLUMNS = ("source", "driving", "output")  # of a file of jobs
 
@@ -119,6 +121,10 @@ def main(flags: Flags) -> None:
         raise ConfigError(f"--max-frames {flags.max_frames} must be at least 1")
     if not 0 <= flags.seed < 2**32:
         raise ConfigError(f"--seed {flags.seed} must be 0 to 2**32 - 1")
+    if flags.face is not None and not flags.align:
+        raise ConfigError("--face chooses the face to crop to, and --no-align takes the middle square: give one or the other")
+    if flags.source is None and flags.jobs is None:  # the bundled pair is cropped already
+        flags = dataclasses.replace(flags, align=False)
     jobs = jobs_of(flags)
     stored, weights = checkpoint.find_weights(flags.checkpoint)  # once: training may save another step meanwhile
     config = override(stored, flags)
@@ -140,6 +146,7 @@ def main(flags: Flags) -> None:
 def render_all(jobs: list[Job], flags: Flags, config: Config, models: dict[Place, Callable[[], Model]], provenance: Callable[[], str]) -> None:
     """All jobs, as many at a time as there are places. Exits with status 1, naming them, where some have failed."""
     waiting, failed = queue.SimpleQueue(), []
+    provenance()  # not once for each device
     for job in jobs:
         waiting.put(job)
     bar = tqdm(total=len(jobs), unit="job", dynamic_ncols=True)
@@ -182,11 +189,19 @@ def render_all(jobs: list[Job], flags: Flags, config: Config, models: dict[Place
 def render(job: Job, flags: Flags, config: Config, model: Callable[[], Model], provenance: Callable[[], str], *, quiet: bool = False) -> str:
     """One job, from its files to its files: what is said of it in the end."""
     # ------------------------------------------------------------------------- inputs: all checked before any slow work
-    watch = Stopwatch()
     make_writable(job.output, job.name)
-    finished = job.output / f".{job.name}.windows"
-    if flags.resume and (results := finished_results(flags, config, job, provenance)):
-        shutil.rmtree(finished, ignore_errors=True)  # left by a run that was ended behind its last file
+    with rendering.held(finished := job.output / f".{job.name}.windows"):
+        return render_in(finished, job, flags, config, model, functools.cache(lambda: settings_of(flags, config, job, provenance())), quiet=quiet)
+
+
+def render_in(
+    finished: pathlib.Path, job: Job, flags: Flags, config: Config, model: Callable[[], Model], settings: Callable[[], dict[str, Any]], *, quiet: bool
+) -> str:
+    """`render`, with the folder for its finished windows."""
+    watch = Stopwatch()
+    if flags.resume and (results := finished_results(flags, job, settings)):
+        if rendering.begun_with(finished, settings()):  # left by a run that was ended behind its last file
+            shutil.rmtree(finished)
         return "\n".join(f"finished before: {path}" for path in results)
     kept = rendering.windows_in(finished)
     if kept and not flags.resume:
@@ -202,16 +217,16 @@ def render(job: Job, flags: Flags, config: Config, model: Callable[[], Model], p
                 landmarker=flags.landmarker,
                 face=flags.face,
                 driving_face=flags.driving_face,
-                align=flags.align and job.source.parent != DEMO,
+                align=flags.align,
                 max_frames=flags.max_frames,
             )
         if flags.paste_back:
             video.check_size(prepared.picture.shape[1], prepared.picture.shape[0], name=job.source)
-        settings = settings_of(flags, config, job, provenance())
+        settings()
     if kept:
-        rendering.check_settings(finished, settings)
+        rendering.check_settings(finished, settings())
     else:
-        rendering.begin(finished, settings, bytes_needed=3 * len(prepared.landmarks) * prepared.size**2)
+        rendering.begin(finished, settings(), bytes_needed=3 * len(prepared.landmarks) * prepared.size**2)
         inputs.save(prepared, finished / rendering.INPUTS)
 
     # ---------------------------------------------------------------------------------------------------------- animate
@@ -232,7 +247,7 @@ def render(job: Job, flags: Flags, config: Config, model: Callable[[], Model], p
     made = {
         "note": "synthesised: this video shows events that did not happen",
         "version": f"svdp_jax {svdp_jax.__version__}",
-        "checkpoint": provenance(),
+        "checkpoint": settings()["checkpoint"],
     }
     metadata = {"title": job.name, "comment": "; ".join([made["note"], made["version"], f"checkpoint {made['checkpoint']}"])}
     written = [job.output / f"{job.name}.mp4"]
@@ -253,7 +268,8 @@ def render(job: Job, flags: Flags, config: Config, model: Callable[[], Model], p
         "guidance": config.sample.guidance,
         "windows": {"rendered": windows - kept, "resumed": kept},
         "seconds": watch.seconds,
-        "settings": settings | written_as(flags),
+        "concat": flags.concat,
+        "settings": settings() | written_as(flags),
     }
     written.append(job.output / f"{job.name}.json")
     with files.whole(written[-1]) as partial:
@@ -265,16 +281,16 @@ def render(job: Job, flags: Flags, config: Config, model: Callable[[], Model], p
     return "\n".join([f"seconds: {spent}; {watch.since_start():.1f} in all", *(f"wrote {path}" for path in written)])
 
 
-def finished_results(flags: Flags, config: Config, job: Job, provenance: Callable[[], str]) -> list[pathlib.Path]:
+def finished_results(flags: Flags, job: Job, settings: Callable[[], dict[str, Any]]) -> list[pathlib.Path]:
     """What an earlier run has written for this job, whole and with the same settings; empty where it has not."""
-    record = job.output / f"{job.name}.json"
-    results = [job.output / f"{job.name}{ending}" for ending in (".mp4", "_concat.mp4")[: 1 + flags.concat]]
+    results = [job.output / f"{job.name}{ending}" for ending in ENDINGS[: 2 + flags.concat]]
     try:
-        before = json.loads(record.read_text()).get("settings")
-        now = json.loads(json.dumps(settings_of(flags, config, job, provenance()) | written_as(flags)))
-    except (OSError, ValueError, AttributeError):
+        record = json.loads((job.output / f"{job.name}.json").read_text())
+        before, with_concat = record["settings"], record["concat"]
+    except (OSError, ValueError, LookupError, TypeError):
         return []
-    return [*results, record] if before == now and all(path.is_file() for path in results) else []
+    now = json.loads(json.dumps(settings() | written_as(flags)))
+    return results if before == now and (with_concat or not flags.concat) and all(path.is_file() for path in results) else []
 
 
 def written_as(flags: Flags) -> dict[str, Any]:
@@ -325,10 +341,12 @@ def jobs_of(flags: Flags) -> list[Job]:
         if not row["source"] or not row["driving"]:
             raise ConfigError(f"--jobs {flags.jobs}, line {line}: source and driving must both be there")
         jobs.append(Job(pathlib.Path(row["source"]), pathlib.Path(row["driving"]), pathlib.Path(row.get("output") or flags.output)))
-    results = [(job.output, job.name) for job in jobs]
-    twice = next((number for number, result in enumerate(results) if result in results[:number]), None)
-    if twice is not None:
-        raise ConfigError(f"--jobs {flags.jobs}, line {twice + 2}: {jobs[twice].output / jobs[twice].name}.mp4 would be written by two jobs; give them outputs of their own")
+    written: set[pathlib.Path] = set()
+    for line, job in enumerate(jobs, start=2):
+        for path in (job.output.resolve() / f"{job.name}{ending}" for ending in ENDINGS):
+            if path in written:
+                raise ConfigError(f"--jobs {flags.jobs}, line {line}: {job.output / path.name} would be written by two jobs; give them outputs of their own")
+            written.add(path)
     return jobs
 
 
@@ -353,9 +371,10 @@ def make_writable(directory: pathlib.Path, name: str) -> None:
         longest = os.pathconf(directory, "PC_NAME_MAX") - len(f"._concat.mp4.{'0' * 32}.partial")
     except OSError as error:
         raise ConfigError(f"--output {directory} cannot be written: {error.strerror}") from error
-    if not name.isprintable() or len(os.fsencode(name)) > longest:
+    unwritable = any(unicodedata.category(character) in ("Cc", "Cs") for character in name)  # control characters, bytes that are no text
+    if unwritable or len(os.fsencode(name)) > longest:
         raise ConfigError(f"--output: no file can be called {ascii(name[:60])}... after source and driver; give them shorter, readable names")
-    for path in (directory / f"{name}{ending}" for ending in (".mp4", "_concat.mp4", ".json")):
+    for path in (directory / f"{name}{ending}" for ending in ENDINGS):
         if path.is_dir():
             raise ConfigError(f"--output {directory} cannot be written: {path.name} is a folder there; move it or choose another directory")
 

@@ -5,6 +5,7 @@ Any field of the config, typed, by its dotted name. A workdir that holds checkpo
 Several processes: --coordinator HOST:PORT --processes N --process I, where they do not find each other (docs/training.md).
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -29,6 +30,7 @@ from svdp_jax.types import Batch, Frozen
 FREELY = (  # what changes no step
     "init_from", "stop_at", "profile", "workers", "cache", "remat", "accumulation", "log_every", "sample_every", "checkpoint_every", "keep", "keep_every",
 )
+LOCK, LEAVING = ".lock", 30  # of a workdir, and seconds that a run which ends there may take
 BAD_STEPS = 10  # in a row whose loss or gradient is not finite, until a run ends
 
 
@@ -38,8 +40,16 @@ class TrainingError(Exception):
 
 def main(config: Config, workdir: files.Place, cluster: processes.Cluster) -> int:
     """Returns the exit status: 0, or `processes.AGAIN` where SIGTERM came before the end."""
+    with processes.stop_signal() as told:
+        processes.start(cluster)
+        alone = jax.process_index() == 0 and not files.is_remote(workdir)
+        with files.held(workdir / LOCK, patience=LEAVING) if alone else contextlib.nullcontext():
+            return run(config, workdir, told)
+
+
+def run(config: Config, workdir: files.Place, told: processes.Told) -> int:
+    """`main`, of processes that have found each other, in a workdir that is theirs."""
     # ----------------------------------------------------------------------------------------------------- mesh and data
-    processes.start(cluster)
     if jax.process_count() == 1:  # of several, only the first would find its own, and GPUs share out the tuning of what they compile together
         cli.keep_programs()
     train, writer = config.train, jax.process_index() == 0
@@ -58,14 +68,14 @@ def main(config: Config, workdir: files.Place, cluster: processes.Cluster) -> in
     if end < start:
         raise ConfigError(f"the run in {workdir} has {start} steps behind it: train.{'steps' if end == train.steps else 'stop_at'}={end} is before that")
     key_init, key = jax.random.split(jax.random.key(train.seed))
-    run = steps.Run(samples=0, key=jax.random.key_data(key).tolist(), pending=[], config=to_dict(config))
+    record = steps.Run(samples=0, key=jax.random.key_data(key).tolist(), pending=[], config=to_dict(config))
     if start:
-        run = steps.restore_run(checkpoints)
-        tell_changes(config, run.config)
-        train = dataclasses.replace(train, init_from=run.config["train"]["init_from"])  # what it began from
+        record = steps.restore_run(checkpoints)
+        tell_changes(config, record.config)
+        train = dataclasses.replace(train, init_from=record.config["train"]["init_from"])  # what it began from
         config = dataclasses.replace(config, train=train)
     rows = layout.rows(train.batch)
-    batches = loader.batches(config.data, split="train", seed=train.seed, batch=train.batch, start_sample=run.samples, rows=rows)
+    batches = loader.batches(config.data, split="train", seed=train.seed, batch=train.batch, start_sample=record.samples, rows=rows)
     source, *frames = loader.whole_clip(next(clips.open_clips(config.data.path, split="validation").readable()), config.data)
     shown = (source, *(part[: 2 * config.data.frames] for part in frames))  # two windows: the second has a history that was generated
 
@@ -80,19 +90,20 @@ def main(config: Config, workdir: files.Place, cluster: processes.Cluster) -> in
     else:
         state, frozen = jax.jit(lambda key: nn.meta.unbox(train_state.new_state(config, key)), out_shardings=shardings)(key_init), new_frozen(config)
     if not start:
-        checkpoint.save_frozen(workdir, frozen)
-    if writer:
-        checkpoint.write_config(workdir, config)
-    constants, autoencoder, key = layout.replicate((train_state.constants_of(config, frozen), frozen.autoencoder, np.array(run.key, np.uint32)))
+        with files.writing(workdir / checkpoint.FROZEN, ValueError):
+            checkpoint.save_frozen(workdir, frozen)
+        if writer:
+            checkpoint.write_config(workdir, config)
+    constants, autoencoder, key = layout.replicate((train_state.constants_of(config, frozen), frozen.autoencoder, np.array(record.key, np.uint32)))
     key = jax.random.wrap_key_data(key)
 
     # -------------------------------------------------------------------------------------------------------------- loop
     step_of = {stage: train_state.make_step(config, layout, shardings, with_history=stage) for stage in (False, True)}
-    journal = Journal(workdir, every=train.log_every, start=start, end=train.steps, pending=run.pending, writer=writer)
+    journal = Journal(workdir, every=train.log_every, start=start, end=train.steps, pending=record.pending, writer=writer)
     if writer:
         count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         print(f"{config.name}: {count:,} parameters, step {start} of {train.steps}, {jax.device_count()} x {jax.devices()[0].device_kind}")
-    begun, done, before, tracing = run.samples, start, None, False
+    begun, done, before, tracing = record.samples, start, None, False
 
     def read(step: int, metrics: dict[str, jax.Array], work: float) -> bool:
         """Waits for a step and notes what came of it. Whether to stop."""
@@ -104,7 +115,7 @@ def main(config: Config, workdir: files.Place, cluster: processes.Cluster) -> in
         return stop
 
     bar = tqdm(total=train.steps, initial=start, unit="step", dynamic_ncols=True, disable=not writer)
-    with bar, processes.stop_signal() as told:
+    with bar:
         for done in range(start + 1, end + 1):
             asked = time.perf_counter()
             batch = Batch(*(layout.place(part, rows, train.batch) for part in next(batches)))
@@ -126,8 +137,10 @@ def main(config: Config, workdir: files.Place, cluster: processes.Cluster) -> in
             if done % train.checkpoint_every == 0 or last:
                 stopping |= read(done, *before)
                 before = None
-                run = run._replace(samples=begun + (done - start) * train.batch, pending=journal.pending, config=to_dict(config))
-                steps.save(checkpoints, state, run)
+                record = record._replace(samples=begun + (done - start) * train.batch, pending=journal.pending, config=to_dict(config))
+                steps.save(checkpoints, state, record)
+                if writer:
+                    checkpoint.write_config(workdir, config)  # not before: the steps that are there were trained with another
             if done % train.sample_every == 0 or done == train.steps:
                 with journal.paused():
                     ema = train_state.gathered(config.model, state.ema, layout)

@@ -20,9 +20,11 @@ from importlib.metadata import version
 
 import numpy as np
 
-from convert_weights import rules
-from convert_weights.export import write_safetensors
-from svdp_jax.config import Config
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from convert_weights import rules  # noqa: E402
+from convert_weights.export import write_safetensors  # noqa: E402
+from svdp_jax.config import Config  # noqa: E402
 
 
 def random_tensor(generator: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,8 +24,10 @@ import av
 import grain
 import numpy as np
 
-from svdp_jax.config import DataConfig
-from svdp_jax.data import clips, loader, synthetic
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from svdp_jax.config import DataConfig  # noqa: E402
+from svdp_jax.data import clips, loader, synthetic  # noqa: E402
 
 
 def dataset(directory: pathlib.Path, *, count: int, frames: int, size: int, grain_scale: float) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from svdp_jax import peaks  # noqa: E402
 from svdp_jax.config import Config, load_config  # noqa: E402
 from svdp_jax.plan import rows, targets  # noqa: E402
 
@@ -29,9 +30,9 @@ def measured(flags: argparse.Namespace, target: targets.Target, remat: str) -> d
     if done.returncode:
         sys.exit(f"error: benchmarks/train_step.py ended with status {done.returncode} (remat {remat}): what it said stands above")
     found = json.loads(done.stdout.splitlines()[-1])
-    expected = f"{target.count} x {target.device.kind if target.device else 'cpu'}"
-    if not found["device"].startswith(expected):
-        sys.exit(f"error: --target {target.name} is {expected}, this machine has {found['device']}")
+    count, _, kind = found["device"].partition(" x ")
+    if int(count) != target.count or peaks.named(kind) != target.device:
+        sys.exit(f"error: --target {target.name} is {target.count} x {target.device.kind if target.device else 'cpu'}, this machine has {found['device']}")
     return found
 
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from svdp_jax import cli, files
+from svdp_jax import cli, files, processes
 from svdp_jax.config import Config, ConfigError, read_config, to_dict
 from svdp_jax.train_state import abstract_params
 from svdp_jax.types import Frozen
@@ -151,7 +151,9 @@ def load_initial(directory: str | os.PathLike, config: Config, like: Any = None)
     How the network is used (history, dropped signals, the kind of temporal attention) is the run's choice; what its weights
     mean is not.
     """
-    theirs, _ = find_weights(directory)
+    theirs, weights = find_weights(directory)
+    if weights.name == EMA:  # all processes start from what the first one finds: the run there may go on
+        weights = files.place(directory) / STEPS / str(processes.agreed(int(weights.parent.name))) / EMA
     free = ("position_step", "temporal", "temporal_gate", "history", "dropped", "dtype")
     differences = []
     for part in "model", "autoencoder":
@@ -159,7 +161,7 @@ def load_initial(directory: str | os.PathLike, config: Config, like: Any = None)
         differences += [f"{part}.{name}={here[name]} (checkpoint: {there[name]})" for name in here if here[name] != there[name] and name not in free]
     if differences:
         raise ConfigError(f"train.init_from={directory} holds another network than the config: {', '.join(differences)}")
-    _, params, frozen = load_weights(directory, like)
+    _, params, frozen = load_weights(directory, like, weights)
     return params, frozen
 
 

@@ -6,9 +6,11 @@ Below everything else that reads or writes files, so that all can use it.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.util
 import os
 import pathlib
+import time
 import uuid
 from collections.abc import Iterator
 
@@ -85,6 +87,29 @@ def whole(path: Place, *, replace: bool = True, advice: str = FREE) -> Iterator[
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(path: pathlib.Path, *, patience: float) -> Iterator[None]:
+    """Inside, this process alone has the lock that is the file `path`. ConfigError where another one has it for `patience` seconds longer. On a file system
+    without locks, everybody has it."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    until = time.monotonic() + patience
+    with lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > until:
+                    raise ConfigError(f"{path.parent} is in use by another process, which holds {path.name}; let it finish, or end it") from error
+                time.sleep(1)
+            except OSError:
+                break
+            else:
+                break
+        yield
 
 
 def _first(partial: pathlib.Path, path: pathlib.Path) -> None:

@@ -35,10 +35,15 @@ DEVICES = {
 }
 
 
+def named(device_kind: str) -> Device | None:
+    """The device that JAX calls so; None for one that is not known, as a CPU."""
+    return max((device for device in DEVICES.values() if device_kind.startswith(device.kind)), key=lambda device: len(device.kind), default=None)
+
+
 def peak_tflops(device_kind: str) -> float | None:
-    """A device's peak in bfloat16; None for one that is not known, as a CPU."""
-    known = [device for device in DEVICES.values() if device_kind.startswith(device.kind)]
-    return max(known, key=lambda device: len(device.kind)).tflops if known else None
+    """A device's peak in bfloat16; None for one that is not known."""
+    device = named(device_kind)
+    return device.tflops if device else None
 
 
 def peak_memory() -> float | None:

@@ -178,6 +178,11 @@ def check_shared(directory: Place) -> None:
         raise ConfigError(f"{directory} is not one directory to all processes: {which} cannot see what process 0 writes there; use a file system that all share, or gs://")
 
 
+def agreed(number: int) -> int:
+    """The first process's number, in all of them."""
+    return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
 def wait_for_all() -> None:
     """Until all processes are here, however long one takes: at their ends JAX gives them five minutes."""
     if jax.process_count() > 1:

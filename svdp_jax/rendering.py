@@ -7,12 +7,17 @@ holds
     inputs.npz        what was found out about source and driver (`data.inputs`)
     000000.npz, ...   frames uint8 [n,H,W,3] and history float32 [P,h,w,C] of each window; a file is whole or not there
 
+and belongs to one process at a time, which `held` makes sure of.
+
 One frame takes H x W x 3 bytes: 1 MB at 576 x 576, 25 MB a second.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -33,15 +38,49 @@ def windows_in(folder: pathlib.Path) -> int:
     return len(_files(folder))
 
 
+@contextlib.contextmanager
+def held(folder: pathlib.Path) -> Iterator[None]:
+    """Inside, the folder is there and no other rendering's; an empty one is removed in the end. ConfigError where one is at work in it. On a file system
+    without locks nobody makes sure of that."""
+    while True:
+        with files.writing(folder):
+            folder.mkdir(exist_ok=True)
+        place = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(place)
+            raise ConfigError(f"{folder}: another process renders the same; let it finish, or give another --output") from error
+        except OSError:
+            pass
+        if folder.is_dir() and os.path.samestat(os.fstat(place), folder.stat()):  # else it was finished, and removed, meanwhile
+            break
+        os.close(place)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        os.close(place)
+
+
 def begin(folder: pathlib.Path, settings: dict[str, Any], *, bytes_needed: int) -> None:
-    """An empty folder for a new rendering; what an earlier one left without a finished window goes. ConfigError without room for it all."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """A folder for a new rendering; what an earlier one left in it without a finished window goes. ConfigError without room for it all."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        path.unlink()
     free = shutil.disk_usage(folder.parent).free
     if free < bytes_needed:
         raise ConfigError(f"{folder.parent} has {free / 1e9:.1f} GB free; finished windows need {bytes_needed / 1e9:.1f} GB until the video is written")
     with files.writing(folder):
         folder.mkdir(exist_ok=True)
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def begun_with(folder: pathlib.Path, settings: dict[str, Any]) -> bool:
+    """Whether there is a rendering with these settings."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((folder / SETTINGS).read_text()) == json.loads(json.dumps(settings))
+    return False
 
 
 def check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:

@@ -49,12 +49,13 @@ def manager(workdir: files.Place, *, keep: int, keep_every: int = 0) -> ocp.Chec
     policies = ocp.checkpoint_managers
     kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(kept), enable_async_checkpointing=True, cleanup_tmp_directories=True
-    )
+        preservation_policy=policies.AnyPreservationPolicy(kept), enable_async_checkpointing=True, cleanup_tmp_directories=True,
+        single_host_load_and_broadcast=True,  # or processes whose views of the disk are not of one age go on from different steps
+    )  # fmt: skip
     try:  # now, and not when the first step is done
         directory.mkdir(parents=True, exist_ok=True)
         if not files.is_remote(directory):
-            tempfile.TemporaryFile(dir=directory).close()
+            tempfile.TemporaryFile(dir=workdir).close()  # not among the steps, where other processes look for what is strange
         handlers = {name: ocp.StandardCheckpointHandler(restore_concurrent_gb=checkpoint.READ_AT_ONCE) for name in (checkpoint.STATE, checkpoint.EMA)}
         return ocp.CheckpointManager(directory, options=options, item_handlers=handlers | {RUN: ocp.JsonCheckpointHandler()})
     except OSError as error:
@@ -114,7 +115,7 @@ def _reading(checkpoints: ocp.CheckpointManager) -> Iterator[int]:
     with contextlib.redirect_stderr(io.StringIO()):
         try:
             yield step
-        except ConfigError:
+        except (ConfigError, jax.errors.JaxRuntimeError):  # the latter of devices and of other processes, not of files
             raise
         except Exception as error:  # orbax has a different one for each kind of damage
             # The reads that were under way go on to complain, in many lines each, until the process ends.

@@ -266,6 +266,29 @@ def test_sound_is_heard_at_the_rate_that_is_asked_for(tmp_path, channels, rate):
     assert np.sqrt(np.square(middle).mean()) == pytest.approx(np.sqrt(0.5), rel=0.1), "as loud as it was, to what AAC changes"
 
 
+@pytest.mark.parametrize("late", [0.0, 0.6, -0.2])
+def test_sound_is_heard_from_the_first_frame_on(tmp_path, late):
+    """A click 0.5 s into the sound, which begins `late`, and stops for 0.4 s behind it."""
+    rate, samples = 16000, np.zeros(1600, np.int16)
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        picture, sound = container.add_stream("libx264", rate=25), container.add_stream("pcm_s16le", rate=rate, layout="mono")
+        picture.width = picture.height = 32
+        for number in range(50):
+            frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8))
+            frame.pts = number + 10
+            container.mux(picture.encode(frame))
+        container.mux(picture.encode())
+        for tenth in (*range(6), *range(10, 12)):
+            samples[:] = 20000 if tenth in (5, 10) else 0
+            part = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
+            part.sample_rate, part.time_base, part.pts = rate, Fraction(1, rate), round((0.4 + late + tenth / 10) * rate)
+            container.mux(sound.encode(part))
+    heard = np.flatnonzero(np.abs(video.read_audio(tmp_path / "a.mkv", rate)) > 0.3)
+    first, second = heard[heard < (0.75 + late) * rate], heard[heard > (0.75 + late) * rate]
+    for found, begin in ((first, 0.5), (second, 1.0)):
+        assert (found.min() / rate, found.max() / rate) == pytest.approx((begin + late, begin + late + 0.1), abs=2e-3)
+
+
 def test_a_video_without_sound_has_none(folders):
     assert video.read_audio(folders[0] / "face--clip0.mp4", 16000) is None
 
@@ -279,3 +302,33 @@ def test_a_video_that_cannot_be_measured_does_not_stop_the_others(folders, tmp_p
     assert done.returncode == 2 and (record["videos"], record["not_measured"]) == (1, 1)
     assert "<tr><td>videos that could not be measured<td>1<td>" in (tmp_path / "page.html").read_text()
     assert "failed: face--clip0: " in done.stderr and "1 of 2 videos could not be measured" in done.stderr.splitlines()[-1]
+
+
+def test_whatever_goes_wrong_with_a_video_it_does_not_stop_the_others(folders, tmp_path, monkeypatch, capsys):
+    measure = command.measure
+
+    def failing(pair, *given):
+        if pair.name == "face--clip0":
+            raise RuntimeError("out of memory")
+        return measure(pair, *given)
+
+    monkeypatch.setattr(command, "measure", failing)
+    monkeypatch.setattr("sys.argv", ["evaluation", "--generated", str(folders[0]), "--reference", str(folders[1])])
+    with pytest.raises(SystemExit):
+        command.main()
+    said = capsys.readouterr()
+    assert json.loads(said.out.splitlines()[-1])["videos"] == 1 and "failed: face--clip0: RuntimeError: out of memory" in said.err
+
+
+def test_a_face_that_was_no_face_is_given_up(tmp_path):
+    def faces_at(x):
+        return lambda _: np.full((1, 68, 2), x, np.float32) + np.random.default_rng(0).uniform(0, 10, (1, 68, 2)).astype(np.float32)
+
+    calls = iter([400] + [50] * 19)
+    frames = [np.zeros((32, 32, 3), np.uint8)] * 20
+    for name in ("a.mp4", "b.mp4"):
+        write(tmp_path / name, frames)
+    pair = compare.Pair("a", tmp_path / "a.mp4", tmp_path / "b.mp4")
+    (window,) = compare.windows(pair, size=20, looks=(lambda image: faces_at(next(calls))(image), None))
+    found = [face is not None for face in window.generated_faces]
+    assert found == [True] + [False] * 6 + [True] * 13

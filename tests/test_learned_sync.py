@@ -159,6 +159,8 @@ def test_frames_come_at_25_a_second_and_the_track_begins_with_the_first_face(see
     assert [colour[0] for colour in colours] == [n // 2 for n in range(40)]
     colours.clear()
     gaps = [None] * 4 + [box] * 10 + [None] * 6
+    assert measured(metric, Clip(Fraction(25), audio), 21, 3, [*gaps, None]).figures == {}, "of most of it no face is seen"
+    colours.clear()
     outcome = measured(metric, Clip(Fraction(25), audio), 20, 3, gaps)
     assert [colour[0] for colour in colours] == list(range(4, 20))
     assert outcome.counts == {"frames": 20, "generated_without_face": 10, "windows": 11}

@@ -65,6 +65,17 @@ def test_of_a_data_set_clips_become_videos_and_nobody_animates_another_clip_of_t
         assert [row["video"] for row in csv.DictReader(file)] == [clip.video for clip in made]
 
 
+def test_what_a_computer_leaves_among_videos_and_what_an_earlier_run_left_is_no_matter(videos, tmp_path, monkeypatch):
+    for path in (*videos.glob("person*.mp4"), videos / "person0.npz"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "._person0.mp4").write_bytes(b"of macOS")
+    run(monkeypatch, protocol, "--videos", tmp_path, "--output", tmp_path / "out", "--protocol", "self")
+    assert [name for name in jobs(tmp_path / "out") if "._" in name[0]] == [] and (tmp_path / "out" / "sources" / "person0.npz").exists()
+    (tmp_path / "person0.npz").unlink()
+    run(monkeypatch, protocol, "--videos", tmp_path, "--output", tmp_path / "out", "--protocol", "self")
+    assert not (tmp_path / "out" / "sources" / "person0.npz").exists()
+
+
 @pytest.mark.parametrize("people", [[f"p{number}" for number in range(40)], [f"p{number // 2}" for number in range(40)], list("aabbbc"), list("ab")])
 def test_nobody_is_animated_by_themselves(people):
     for seed in range(20):

@@ -145,6 +145,34 @@ def test_what_is_finished_is_not_made_again(sample, monkeypatch, tmp_path):
     assert (tmp_path / "out" / "portrait--motion.mp4").stat().st_mtime_ns != made
 
 
+def test_resuming_what_is_finished_leaves_another_renderings_windows_alone(sample, media, workdir, monkeypatch, tmp_path):
+    sample(tmp_path / "out", "--no-concat")
+    save = rendering.save
+
+    def crash(folder, window):
+        if window.number == 1:
+            raise MemoryError
+        save(folder, window)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(rendering, "save", crash)
+        sample(tmp_path / "out", "--no-concat", "--seed", 7)
+    left = tmp_path / "out" / ".portrait--motion.windows"
+    assert "finished before" in sample(tmp_path / "out", "--no-concat", "--resume") and rendering.windows_in(left) == 1
+    sample(tmp_path / "out", "--no-concat", "--resume", "--seed", 7)
+    assert json.loads((tmp_path / "out" / "portrait--motion.json").read_text())["windows"]["resumed"] == 1 and not left.exists()
+    (tmp_path / "out" / "portrait--motion_concat.mp4").write_bytes(b"of another run")
+    assert "finished before" not in sample(tmp_path / "out", "--resume", "--seed", 7), "its side by side was never made"
+
+
+def test_two_do_not_render_the_same_at_once(script, never_loaded, media, workdir, tmp_path):
+    (tmp_path / "out").mkdir()
+    with rendering.held(tmp_path / "out" / ".portrait--motion.windows"):
+        status, _, err = script("sample.py", "-s", media / "portrait.png", "-d", media / "motion.mp4", "--checkpoint", workdir, "-o", tmp_path / "out")
+        assert status == 2 and "another process renders the same" in err.splitlines()[-1]
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_a_name_that_no_result_can_have_is_told_before_any_work(script, never_loaded, media, workdir, tmp_path):
     given = ["-d", media / "motion.mp4", "--checkpoint", workdir, "-o", tmp_path / "out"]
     for name in ("long" * 55 + ".png", "caf\udce9.png"):
@@ -343,6 +371,8 @@ def test_devices_take_jobs_of_their_own_or_share_one(python, media, workdir, tmp
         ("a,b\n1,2\n", "needs a first line with the columns source,driving"),
         ("source,driving\nface.png,\n", "line 2: source and driving must both be there"),
         ("source,driving\na/x.png,v.mp4\nb/x.png,w/v.mp4\n", "line 3: out/x--v.mp4 would be written by two jobs"),
+        ("source,driving,output\na/x.png,v.mp4,out\nb/x.png,w/v.mp4,./out/../out\n", "line 3: out/../out/x--v.mp4 would be written by two jobs"),
+        ("source,driving\nx.png,v.mp4\nx.png,v_concat.mp4\n", "line 3: out/x--v_concat.mp4 would be written by two jobs"),
     ],
 )
 def test_a_file_of_jobs_that_is_none_is_one_line(script, tmp_path, text, said):

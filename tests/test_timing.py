@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from small_videos import NTSC, clip, numbers, store, write
 
-from svdp_jax.data import video
+from svdp_jax.data import detectors, video
 
 
 @pytest.mark.parametrize("fps", [Fraction(25), NTSC, Fraction(24000, 1001), Fraction(60)])
@@ -59,6 +59,22 @@ def test_a_gif_in_no_hurry_is_as_fast_as_in_a_browser(tmp_path, strict):
     first, *rest = (Image.fromarray(frame) for frame in clip(3))
     first.save(tmp_path / "a.gif", save_all=True, append_images=rest, duration=10)
     assert video.probe(tmp_path / "a.gif").fps == 10
+
+
+@pytest.mark.parametrize(("milliseconds", "fps"), [(16, 62.5), (17, 1000 / 17), (11, 1000 / 11), (10, 10)])
+def test_an_animated_png_is_as_fast_as_in_a_browser(tmp_path, strict, milliseconds, fps):
+    first, *rest = (Image.fromarray(frame) for frame in clip(12))
+    first.save(tmp_path / "a.png", save_all=True, append_images=rest, duration=milliseconds)
+    assert float(video.probe(tmp_path / "a.png").fps) == pytest.approx(fps, rel=1e-3)
+
+
+def test_landmarks_of_frames_of_which_some_are_missing_have_no_place(tmp_path):
+    path = write(tmp_path / "a.mp4", pts=[40 * number for number in range(50) if number not in (20, 21)])
+    info = video.probe(path)
+    assert (info.frames, info.fps, info.even) == (50, 25, False)
+    np.savez(tmp_path / "a.npz", landmarks=np.ones((48, 68, 2), np.float32))
+    with pytest.raises(video.MediaError, match="some are missing"):
+        detectors.detector_for(path, None, info)
 
 
 @pytest.mark.parametrize("name", ["a.mkv", "a.webm", "a.mp4"])

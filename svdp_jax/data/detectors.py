@@ -30,7 +30,7 @@ Detector = Callable[[UInt8[np.ndarray, "H W 3"]], Float32[np.ndarray, "faces K 2
 
 COUNTS = (68, 478)
 NO_LANDMARKER = "no landmarker given: faces are found, expressions are not tracked; give face_landmarker.task (see README)"
-UNEVEN = "{0}: its frames are not evenly spaced, and {1} does not say which of them is seen when; make the video one of a constant rate, or do without the .npz"
+UNEVEN = "{0}: its frames are not evenly spaced, or some are missing, and {1} does not say which of them is seen when; make the video one of a constant rate, or do without the .npz"
 _STDERR = threading.Lock()
 CASCADE_SIZE = 300  # pixels, longest side of the picture in which the cascade looks
 

@@ -224,17 +224,22 @@ def track(
 
 
 class Tracker:
-    """Follows one face from frame to frame: the largest (or number `face`) of the first frame that shows any, then the nearest."""
+    """Follows one face from frame to frame: the largest (or number `face`) of the first frame that shows any, then the nearest. After more than `patience`
+    frames without it, it looks for one anew (None: never)."""
 
-    def __init__(self, *, face: int | None = None):
-        self.face = face
+    def __init__(self, *, face: int | None = None, patience: int | None = None):
+        self.face, self.patience = face, patience
+        self.missed = 0
         self.last: np.ndarray | None = None
 
     def __call__(self, faces: Float32[np.ndarray, "faces K 2"]) -> Float32[np.ndarray, "K 2"] | None:
         """The face among those of the next frame; None where it is not there."""
-        if not len(faces):
-            return None
-        found = _nth_largest(faces, self.face) if self.last is None else _nearest(faces, self.last)
+        if self.patience is not None and self.missed > self.patience:
+            self.last, self.missed = None, 0
+        found = None
+        if len(faces):
+            found = _nth_largest(faces, self.face) if self.last is None else _nearest(faces, self.last)
+        self.missed = self.missed + 1 if found is None else 0
         self.last = found if found is not None else self.last
         return found
 

@@ -58,7 +58,7 @@ def animation(path: pathlib.Path) -> Iterator[tuple[float, UInt8[np.ndarray, "H 
                 return
             yield milliseconds / 1000, picture
             duration = image.info.get("duration") or 0
-            milliseconds += duration if duration >= 20 else 100  # as browsers have it
+            milliseconds += duration if duration > 10 else 100  # as browsers have it
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ class Timing(NamedTuple):
     fps: Fraction
     start: float  # seconds, of the first frame
     frames: int  # to give: all there are and, of a few missing in between, the neighbours
+    stored: int  # all there are
     promised: int  # frames to show, as the header has it; 0 if it does not say
     even: bool  # constant frame rate
     timed: bool  # the file says when frames are shown
@@ -38,7 +39,7 @@ class Timing(NamedTuple):
 def timing_of(path: pathlib.Path, images: int) -> Timing:
     """When the frames of a file are shown; of a video from its packets alone, without decoding."""
     if images == 1:
-        return Timing(STILL_FPS, 0.0, 1, 1, even=True, timed=True, has_audio=False)
+        return Timing(STILL_FPS, 0.0, 1, 1, 1, even=True, timed=True, has_audio=False)
     if images:
         return _spaced(path, [time for time, _ in stills.animation(path)], [], promised=images + stills.lacks_end(path), has_audio=False)
     times, hidden, ends = [], 0, {}  # of video, in seconds; packets of it that are not shown; where each stream ends
@@ -72,7 +73,7 @@ def _spaced(path: pathlib.Path, times: Sequence[float | None], declared: Sequenc
         raise MediaError(f"{path}: has no video frames; use a file with a picture")
     if None in times or count == 1:  # there is nothing to resample by
         fps = declared[0] if declared else STILL_FPS
-        return Timing(fps, 0.0 if None in times else times[0], count, promised, True, None not in times, has_audio)
+        return Timing(fps, 0.0 if None in times else times[0], count, count, promised, True, None not in times, has_audio)
     seconds = np.sort(np.array(times))
     seconds, start = seconds - seconds[0], float(seconds[0])
     longest = float(np.diff(seconds).max())
@@ -84,9 +85,9 @@ def _spaced(path: pathlib.Path, times: Sequence[float | None], declared: Sequenc
     for fps in declared:  # may be wrong, but only it is exact
         frames = _frames_at(fps, seconds)
         if frames:
-            return Timing(fps, start, frames, promised, True, True, has_audio)
+            return Timing(fps, start, frames, count, promised, True, True, has_audio)
     even = bool(np.abs(seconds * float(measured) - np.arange(count)).max() < 0.5)
-    return Timing(measured, start, count, promised, even, True, has_audio)
+    return Timing(measured, start, count, count, promised, even, True, has_audio)
 
 
 def _frames_at(fps: Fraction, seconds: np.ndarray) -> int:

@@ -38,6 +38,7 @@ ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".t
 # Numbers of H.264, which those of other codecs follow.
 _HDR = {16: "PQ", 18: "HLG"}  # curves of brightness
 _NO_COLOURS_SAID = 2
+_LAPSE = 0.05  # seconds that sound may come late until it is taken for missing
 
 Item = TypeVar("Item")
 
@@ -48,7 +49,7 @@ class VideoInfo(NamedTuple):
     fps: Fraction  # exact, such as 30000/1001; the average where frames are not evenly spaced
     frames: int | None  # that `read_frames` gives; None where the file does not say when its frames are shown
     has_audio: bool
-    even: bool = True  # constant frame rate; else frames are left out and repeated, and what is known of each frame of the file has no place
+    even: bool = True  # constant frame rate, and none missing; else frames are left out and repeated, and what is known of each frame of the file has no place
 
 
 def probe(path: str | os.PathLike) -> VideoInfo:
@@ -60,7 +61,7 @@ def probe(path: str | os.PathLike) -> VideoInfo:
     if first is None:
         raise MediaError(f"{path}: no frame can be decoded; re-encode it, e.g. to H.264 in an mp4 file")
     height, width, _ = first.shape
-    return VideoInfo(width, height, timing.fps, timing.frames if timing.timed else None, timing.has_audio, timing.even)
+    return VideoInfo(width, height, timing.fps, timing.frames if timing.timed else None, timing.has_audio, timing.even and timing.frames == timing.stored)
 
 
 def read_frames(path: str | os.PathLike) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
@@ -86,7 +87,7 @@ def read_frames(path: str | os.PathLike) -> Iterator[UInt8[np.ndarray, "H W 3"]]
                 raise MediaError(f"{path}: frame {due} is {other[1]}x{other[0]}, not {frame.shape[1]}x{frame.shape[0]}; re-encode it at one size")
             other = picture.shape
             continue
-        whole += 1
+        whole, other = whole + 1, None
         number = min(round((time - timing.start) * timing.fps), timing.frames - 1) if timing.timed and time is not None else due
         while due < number:
             yield picture if frame is None else frame
@@ -110,21 +111,32 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def read_audio(path: str | os.PathLike, rate: int) -> Float32[np.ndarray, " samples"] | None:
-    """What is heard in a video, mono, at `rate` samples a second, -1..1, up to where it is damaged, which is a warning; None where it has no sound.
-    MediaError where its sound changes its kind midway."""
-    with streams.open_video(_existing(path)) as container:
+    """What is heard in a video from its first frame on, mono, at `rate` samples a second, -1..1, up to where it is damaged, which is a warning; None where it
+    has no sound. Where sound begins late, or is missing for a while, there is silence. MediaError where its sound changes its kind midway."""
+    path = _existing(path)
+    with streams.open_video(path) as container:
         if not container.streams.audio:
             return None
+        timing = timing_of(path, images=0)
+        heard, end, early = timing.start, timing.start + float(timing.frames / timing.fps), 0  # seconds so far, and of the picture; samples before the first frame
         resampler, parts = av.AudioResampler(format="s16", layout="mono", rate=rate), []  # of whole numbers; as floats, channels would be added up
         try:
-            for frame in container.decode(container.streams.audio[0]):
+            for number, frame in enumerate(container.decode(container.streams.audio[0])):
+                time = heard if frame.time is None else frame.time
+                if time > end:
+                    break
+                late = round((time - heard) * rate)
+                if number == 0 or late > rate * _LAPSE:  # from then on times are rounded
+                    early = max(-late, early)
+                    parts.append(np.zeros(max(late, 0), np.int16))
+                heard = time + frame.samples / frame.sample_rate
                 parts += [part.to_ndarray()[0] for part in resampler.resample(frame)]
         except streams.READ_ERRORS:
             warnings.warn(f"{path}: its sound is damaged after {sum(map(len, parts)) / rate:.1f} s; what is before that is heard", stacklevel=1)
         except ValueError as error:
             raise MediaError(f"{path}: its sound changes rate or channels midway; re-encode it") from error
         parts += [part.to_ndarray()[0] for part in resampler.resample(None)]
-    return np.concatenate(parts).astype(np.float32) / 32768 if parts else None
+    return np.concatenate(parts)[early:].astype(np.float32) / 32768 if parts else None
 
 
 def at_rate(frames: Iterable[Item], *, fps: Fraction | float, rate: Fraction | float) -> Iterator[Item]:

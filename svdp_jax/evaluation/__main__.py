@@ -15,6 +15,7 @@ import json
 import math
 import pathlib
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from svdp_jax import cli, files
 from svdp_jax.config import ConfigError
-from svdp_jax.data import detectors, faces, video
+from svdp_jax.data import detectors, faces, stills, video
 from svdp_jax.evaluation import compare, learned, page
 from svdp_jax.files import MediaError
 
@@ -56,6 +57,9 @@ def main() -> None:
                 rows.append(measure(pair, metrics, flags))
             except MediaError as problem:
                 failures.append(f"{pair.name}: {problem}")
+            except Exception as problem:  # the figures of the others may have taken hours
+                traceback.print_exc()
+                failures.append(f"{pair.name}: {type(problem).__name__}: {problem}")
         if not rows:
             raise MediaError(f"no video could be measured: {failures[0]}")
         overall = {name: metric.overall() for name, metric in metrics.items()}
@@ -106,7 +110,7 @@ def measure(pair: compare.Pair, metrics: dict[str, learned.Metric], flags: argpa
 
 def source_of(pair: compare.Pair, folder: pathlib.Path) -> pathlib.Path:
     """The portrait of a video's name. MediaError where there is none."""
-    found = [path for path in sorted(folder.iterdir()) if path.stem == pair.source and path.suffix != ".npz"] if pair.source else []
+    found = [path for path in sorted(folder.iterdir()) if path.stem == pair.source and path.is_file() and stills.frame_count(path)] if pair.source else []
     if not found:
         raise MediaError(f"--sources {folder} has no picture {pair.source or 'for a video whose name does not begin with SOURCE--'}")
     return found[0]

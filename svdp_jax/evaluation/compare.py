@@ -98,7 +98,7 @@ def windows(pair: Pair, *, size: int, looks: tuple[Detector | None, Detector | N
     if abs(rates[0] - rates[1]) > Fraction(1, 100):
         raise MediaError(f"{pair.generated} has {float(rates[0]):g} frames a second, {pair.reference} {float(rates[1]):g}: their frames are of other times")
     frames = [video.read_frames(path) for path in (pair.generated, pair.reference)]
-    follow, count = [faces.Tracker(), faces.Tracker()], 0
+    follow, count = [faces.Tracker(patience=faces.LONGEST_GAP) for _ in frames], 0
     while True:
         parts = [[frame for _, frame in zip(range(size), one, strict=False)] for one in frames]
         if len(parts[0]) != len(parts[1]):

@@ -52,7 +52,7 @@ def of_videos(folder: pathlib.Path, limit: int | None, person: str | None = None
     ConfigError where there is none, or nobody is found."""
     if not folder.is_dir():
         raise ConfigError(f"--videos {folder} is no folder")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in video.ENDINGS)[:limit]
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in video.ENDINGS and not path.name.startswith("."))[:limit]
     if not found:
         raise ConfigError(f"--videos {folder} has no video ({', '.join(sorted(video.ENDINGS))})")
     people = [re.match(person, path.stem) if person else path.stem for path in found]
@@ -105,8 +105,10 @@ def write_jobs(output: pathlib.Path, pairs: Sequence[tuple[pathlib.Path, pathlib
         for portrait, driver in pairs:
             source = folder / f"{portrait.stem}.png"
             iio.imwrite(source, next(video.read_frames(portrait)))
+            landmarks = source.with_suffix(".npz")
+            landmarks.unlink(missing_ok=True)  # of another run
             if (beside := portrait.with_suffix(".npz")).exists():
-                detectors.write_landmarks(source.with_suffix(".npz"), np.load(beside)["landmarks"][:1])
+                detectors.write_landmarks(landmarks, detectors.read_landmarks(beside)[:1])
             rows.writerow((source, driver))
 
 

@@ -288,7 +288,8 @@ def main(arguments: list[str] | None = None) -> None:
 def evaluate(flags: argparse.Namespace) -> None:
     check(flags)
     cli.keep_programs()
-    config, params, frozen = checkpoint.load_weights(flags.checkpoint)
+    config, weights = checkpoint.find_weights(flags.checkpoint)  # once: training may save another step meanwhile
+    _, params, frozen = checkpoint.load_weights(flags.checkpoint, weights=weights)
     chosen = {"steps": flags.steps, "guidance": flags.guidance and tuple(flags.guidance)}
     given = {name: value for name, value in chosen.items() if value is not None}
     config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **given))
@@ -331,7 +332,7 @@ def evaluate(flags: argparse.Namespace) -> None:
     device = jax.devices()[0]
     versions = {"svdp_jax": svdp_jax.__version__, "jax": jax.__version__, "numpy": np.__version__, "python": platform.python_version()}
     record = {
-        "config": config.name, "weights": checkpoint.fingerprint(flags.checkpoint), "date": datetime.date.today().isoformat(), **asked, "sampling": sampling, "device": f"{device.platform}: {device.device_kind}", "versions": versions,
+        "config": config.name, "weights": checkpoint.fingerprint(flags.checkpoint, weights), "date": datetime.date.today().isoformat(), **asked, "sampling": sampling, "device": f"{device.platform}: {device.device_kind}", "versions": versions,
         "seconds": round(seconds, 1), "by_psnr": named, "figures": rows, "error_by_window": np.mean(errors, axis=0).tolist(),
     }  # fmt: skip
     if flags.json:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -124,11 +125,12 @@ def _kept(keys: int, lengths: Int[Array, " B"]) -> Bool[Array, "B K"]:
 
 
 def _attend(q: Float[Array, "R Q H"], k: Float[Array, "R K H"], v: Float[Array, "R K H"], lengths: Int[Array, " R"] | None) -> Array:
-    """Rows R are heads of groups. Products in the inputs' dtype add up in float32; the result is float32."""
-    scores = jnp.einsum("rqh,rkh->rqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    """Rows R are heads of groups. Products in the inputs' dtype add up in float32, and those of float32 are not rounded before; the result is float32."""
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision="highest" if q.dtype == jnp.float32 else None)
+    scores = product("rqh,rkh->rqk", q, k) * q.shape[-1] ** -0.5
     if lengths is not None:
         scores = jnp.where(_kept(k.shape[1], lengths)[:, None], scores, -jnp.inf)
-    return jnp.einsum("rqk,rkh->rqh", jax.nn.softmax(scores).astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return product("rqk,rkh->rqh", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
 def _heads_first(x: Float[Array, "B G S N H"]) -> Float[Array, "R S H"]:
@@ -144,8 +146,7 @@ def _per_head(q: Float[Array, "B G Q N H"], lengths: Int[Array, " B"] | None) ->
 
 
 def _plain(q: Array, k: Array, v: Array, lengths: Array | None) -> Array:
-    with jax.default_matmul_precision("highest"):
-        out = _attend(*(_heads_first(x.astype(jnp.float32)) for x in (q, k, v)), _per_head(q, lengths))
+    out = _attend(*(_heads_first(x.astype(jnp.float32)) for x in (q, k, v)), _per_head(q, lengths))
     return _heads_last(out, q).astype(q.dtype)
 
 

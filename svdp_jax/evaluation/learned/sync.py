@@ -55,7 +55,7 @@ class Sync:
         "neither frames nor audio are used. Windows of 5 frames and of 20 steps of 13 mel-frequency cepstral coefficients (python_speech_features' defaults: "
         "25 ms every 10 ms); mean distance of their embeddings over a clip at each offset of -15 to 15 frames, zeros beyond the ends. Sync-D is the least of "
         "the 31, Sync-C their median less the least. In clips shorter than the 100 frames that syncnet_python asks for, the zeros weigh more: do not compare "
-        "those."
+        "those. A clip of which less than half shows a face has no figure."
     )
 
     def __init__(self, folder: pathlib.Path):
@@ -89,7 +89,7 @@ class Sync:
             return Outcome({}, counts | {"without_audio": 1})
         audio = self.audio[self.before * SAMPLES :][: len(self.boxes) * SAMPLES]
         windows = len(audio) // SAMPLES - WINDOW  # one fewer than fit, as syncnet_python has it
-        if windows < 1:
+        if windows < 1 or 2 * self.without > counts["frames"]:
             return Outcome({}, counts)
         cepstrum = mfcc(np.rint(np.clip(audio.astype(np.float64) * 32768, -32768, 32767)))
         means = distances(np.concatenate(self.lips)[:windows], sounds(self.network, cepstrum, windows))

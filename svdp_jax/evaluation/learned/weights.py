@@ -32,7 +32,7 @@ def found(metric: str, folder: pathlib.Path, needs: tuple[Needed, ...], *, packa
 
 def place(need: Needed) -> str:
     """What a file is and where it comes from, for a message."""
-    return f"{need.file} ({need.what}), published at {need.published}"
+    return f"{need.file} ({need.what}; licence: {need.licence}), published at {need.published}"
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
