@@ -1,9 +1,11 @@
 """train.py as a user calls it: what it writes, that a resumed run is the same run, and one line for a mistake."""
 
+import errno
 import json
 import os
 import shutil
 import signal
+import tempfile
 
 import imageio.v3 as iio
 import jax
@@ -12,7 +14,8 @@ import numpy as np
 import pytest
 from conftest import CHEAP, ROOT, saved_state
 
-from svdp_jax import checkpoint, journal, pipeline, processes, train_state
+from svdp_jax import checkpoint, files, journal, pipeline, processes, steps, train_state
+from svdp_jax.data import loader
 
 
 def metrics_of(workdir):
@@ -189,6 +192,54 @@ def test_other_settings_are_told_and_go_on(train, begun, recwarn):
     assert status == 0
     (said,) = [str(warning.message) for warning in recwarn if "goes on with" in str(warning.message)]
     assert said == "the run goes on with train.learning_rate=0.002 (so far: 0.001)"
+
+
+def test_a_config_becomes_the_workdirs_with_the_first_step_that_was_trained_with_it(train, workdir, begun):
+    margins = lambda folder: json.loads((folder / "config.json").read_text())["data"]["region_margin"]
+    before = margins(workdir)
+    assert train(workdir, "--data.region-margin", 0.5)[0] == 0 and margins(workdir) == before, "nothing was left to train"
+    assert train(begun, "--data.region-margin", 0.5, "--train.stop-at", 5)[0] == 0 and margins(begun) == 0.5
+
+
+def test_a_second_run_in_a_workdir_is_refused_and_spoils_nothing(train, begun, monkeypatch):
+    monkeypatch.setattr("train.LEAVING", 0)
+    unfinished = begun / "checkpoints" / f"7{steps.UNFINISHED}"
+    unfinished.mkdir()
+    with files.held(begun / ".lock", patience=0):
+        assert "begun is in use by another process" in error_of(train(begun))
+    assert unfinished.is_dir()
+
+
+def test_the_files_of_processes_that_start_together_are_not_taken_for_steps(begun, monkeypatch):
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: tempfile.NamedTemporaryFile(dir=dir, delete=False))  # noqa: SIM115: as on file systems without O_TMPFILE
+    for _ in range(2):
+        steps.manager(begun, keep=3).close()
+
+
+def test_a_process_that_is_lost_is_no_damaged_checkpoint(begun, monkeypatch):
+    def lost(*_, **__):
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: task 3 stopped sending heartbeats")
+
+    checkpoints = steps.manager(begun, keep=3)
+    monkeypatch.setattr(checkpoints, "restore", lost)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        steps.restore_run(checkpoints)
+    checkpoints.close()
+
+
+def test_sigterm_before_the_first_step_saves_that_and_asks_to_be_started_again(train_tiny, tmp_path, monkeypatch):
+    batches = loader.batches
+    monkeypatch.setattr(loader, "batches", lambda *given, **how: os.kill(os.getpid(), signal.SIGTERM) or batches(*given, **how))
+    assert train_tiny(tmp_path / "run") == processes.AGAIN
+    assert checkpoint.saved_steps(tmp_path / "run") in ([1], [2])
+
+
+def test_a_disk_that_is_full_from_the_start_is_one_line(train, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_frozen", full)
+    assert "frozen: cannot be written" in error_of(train(tmp_path / "run"))
 
 
 @pytest.mark.slow
