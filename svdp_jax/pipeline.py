@@ -35,8 +35,8 @@ class Window(NamedTuple):
     """A finished window: what is shown of it, and what the next one needs. Arrays of the device, which may still be at work on them."""
 
     number: int  # from 0
-    frames: UInt8[Array | np.ndarray, "n H W 3"]  # F of them, but for a last window
-    history: Float32[Array | np.ndarray, "P h w C"]  # its last latents
+    frames: UInt8[Array | np.ndarray, "*B n H W 3"]  # F of them, but for a last window
+    history: Float32[Array | np.ndarray, "*B P h w C"]  # its last latents
 
 
 def animate(
@@ -59,6 +59,29 @@ def animate(
     call, it begins behind that window's frames, and what comes is to the bit what that call would have yielded. `layout`: of several
     devices that share the frames. `progress` is called with the denoising steps that are done; `watch` takes the time of them.
     """
+    if after:
+        after = after._replace(frames=after.frames[None], history=after.history[None])
+    batched = (frame[None] for frame in driving)
+    how = {"sample": sample, "after": after, "layout": layout, "progress": progress, "watch": watch}
+    for number, frames, history in animate_batch(config, params, frozen, source[None], batched, key, **how):
+        yield Window(number, frames[0], history[0])
+
+
+def animate_batch(
+    config: Config,
+    params: Any,
+    frozen: Frozen,
+    source: UInt8[np.ndarray, "B H W 3"],
+    driving: Iterable[UInt8[np.ndarray, "B H W 3"]],
+    key: Key[Array, ""],
+    *,
+    sample: SampleConfig | None = None,
+    after: Window | None = None,
+    layout: Layout | None = None,
+    progress: Callable[[int], None] = lambda steps: None,
+    watch: Stopwatch | None = None,
+) -> Iterator[Window]:
+    """`animate` for B portraits at once, each by a driver of its own; all drivers have the same number of frames."""
     encode, decode = make_coders(config, frozen, layout)
     watch = watch or Stopwatch()
     first = after.number + 1 if after else 0
@@ -68,19 +91,19 @@ def animate(
         for window in ahead(full_windows(driving, config.data.frames)):
             lengths.append(len(window))
             padding = [window[-1]] * (config.data.frames - len(window))
-            yield encode(np.stack(window + padding)[None])
+            yield encode(np.stack(window + padding, axis=1))
 
     latents = sampler.roll_out(
         train_state.make_transformer(config, layout=layout),
         params,
         train_state.constants_of(config, frozen),
-        encode(source[None, None])[:, 0],
+        encode(source[:, None])[:, 0],
         encoded_windows(),
         key,
         sample=sample or config.sample,
         history=config.data.history,
         first=first,
-        past=jnp.asarray(after.history[None]) if after and config.data.history else None,
+        past=jnp.asarray(after.history) if after and config.data.history else None,
         progress=progress,
     )
     number = first
@@ -89,8 +112,8 @@ def animate(
             window = next(latents, None)
             if window is None:
                 return
-            frames = decode(window)[0]
-        yield Window(number, frames[: lengths[-1]], window[0, len(window[0]) - config.data.history :])
+            frames = decode(window)
+        yield Window(number, frames[:, : lengths[-1]], window[:, window.shape[1] - config.data.history :])
         number += 1
 
 
@@ -127,9 +150,9 @@ def abstract_weights(config: Config, where: Layout | jax.Device) -> Any:
     return jax.tree_util.tree_map_with_path(of, train_state.abstract_params(config))
 
 
-def full_windows(frames: Iterable[UInt8[np.ndarray, "H W 3"]], size: int) -> Iterator[list[UInt8[np.ndarray, "H W 3"]]]:
+def full_windows(frames: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Runs of `size` consecutive frames; the last may be shorter."""
-    window: list[np.ndarray] = []
+    window: list[Item] = []
     for frame in frames:
         window.append(frame)
         if len(window) == size:

@@ -211,7 +211,7 @@ def test_a_second_run_in_a_workdir_is_refused_and_spoils_nothing(train, begun, m
 
 
 def test_the_files_of_processes_that_start_together_are_not_taken_for_steps(begun, monkeypatch):
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: tempfile.NamedTemporaryFile(dir=dir, delete=False))  # noqa: SIM115: as on file systems without O_TMPFILE
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: tempfile.NamedTemporaryFile(dir=dir, delete=False))  # as on file systems without O_TMPFILE
     for _ in range(2):
         steps.manager(begun, keep=3).close()
 

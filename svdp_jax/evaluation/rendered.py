@@ -42,13 +42,12 @@ from typing import Any, NamedTuple
 import cv2
 import imageio.v3 as iio
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Key, UInt8
 from tqdm import tqdm
 
 import svdp_jax
-from svdp_jax import checkpoint, cli, files, pipeline, sampler, train_state
+from svdp_jax import checkpoint, cli, files, pipeline
 from svdp_jax.config import Config, ConfigError, DataConfig
 from svdp_jax.data import drawing, faces, loader, synthetic, video
 from svdp_jax.evaluation import metrics, readings
@@ -125,26 +124,18 @@ class Models(NamedTuple):
 
 def make_models(config: Config, params: Any, frozen: Frozen, *, progress: Callable[[int], None] = lambda steps: None) -> Models:
     """The roll-out of whole batches. `progress` is called with the denoising steps that are done."""
-    model, constants = train_state.make_transformer(config), train_state.constants_of(config, frozen)
     encode, decode = pipeline.make_coders(config, frozen)
-    params, size = jax.device_put(params), config.data.frames
-
-    def windows(frames):
-        padding = np.repeat(frames[:, -1:], -frames.shape[1] % size, axis=1)  # the last window stays where it ends
-        whole = np.concatenate([frames, padding], axis=1)
-        return (jnp.asarray(whole[:, first : first + size]) for first in range(0, whole.shape[1], size))
-
-    def joined(latents, count):
-        return np.concatenate([np.asarray(decode(window)) for window in latents], axis=1)[:, :count]
+    params = jax.device_put(params)
 
     def animate(source, driving, key):
-        latents = sampler.roll_out(
-            model, params, constants, encode(source[:, None])[:, 0], map(encode, windows(driving)), key,
-            sample=config.sample, history=config.data.history, progress=progress,
-        )  # fmt: skip
-        return joined(latents, driving.shape[1])
+        made = pipeline.animate_batch(config, params, frozen, source, np.moveaxis(driving, 1, 0), key, progress=progress)
+        return np.concatenate([np.asarray(window.frames) for window in made], axis=1)
 
-    return Models(animate, lambda frames: joined(map(encode, windows(frames)), frames.shape[1]))
+    def reconstruct(frames):
+        windows = pipeline.full_windows(np.moveaxis(frames, 1, 0), config.data.frames)
+        return np.concatenate([np.asarray(decode(encode(np.stack(window, axis=1)))) for window in windows], axis=1)
+
+    return Models(animate, reconstruct)
 
 
 def measure(case: Case, output: UInt8[np.ndarray, "N H W 3"], reconstructed: UInt8[np.ndarray, "N H W 3"], *, window: int) -> dict[str, float]:
