@@ -356,7 +356,7 @@ def test_one_face_is_not_found_twice(monkeypatch):
 def test_unusable_landmarkers_are_named(tmp_path, monkeypatch):
     (tmp_path / "a.task").write_bytes(b"junk")
     monkeypatch.setitem(sys.modules, "mediapipe", None)
-    with pytest.raises(MediaError, match=r"pip install 'svdp_jax\[face\]'"):
+    with pytest.raises(MediaError, match=r"pip install -e '\.\[face\]'"):
         detectors.make_detector(tmp_path / "a.task")
     monkeypatch.setenv("SVDP_FACE_LANDMARKER", str(tmp_path / "missing.task"))
     with pytest.raises(MediaError, match="missing.task: does not exist"):
