@@ -11,7 +11,6 @@ Writes {source}--{driving}.mp4 with the driver's frame rate, frame count and sou
 
 import concurrent.futures
 import contextlib
-import csv
 import dataclasses
 import functools
 import hashlib
@@ -21,9 +20,7 @@ import pathlib
 import queue
 import shutil
 import sys
-import tempfile
 import traceback
-import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -34,16 +31,15 @@ import tyro
 from tqdm import tqdm
 
 import svdp_jax
-from svdp_jax import checkpoint, cli, files, pipeline, rendering, sharding
+from svdp_jax import checkpoint, cli, files, jobs, pipeline, rendering, sharding
 from svdp_jax.config import Config, ConfigError, MeshConfig
 from svdp_jax.data import detectors, faces, inputs, video
+from svdp_jax.jobs import Job
 from svdp_jax.stopwatch import Stopwatch
 from svdp_jax.types import Frozen
 
 DEMO = pathlib.Path(svdp_jax.__file__).parent / "assets" / "demo"
-ENDINGS = (".mp4", ".json", "_concat.mp4")  # of what is written for a job
 FIRST_FRAME = "first frame"  # seconds from the start, beside those of the stages
-COLUMNS = ("source", "driving", "output")  # of a file of jobs
 
 Place = sharding.Layout | jax.Device  # where a model is: over all devices, or on one
 
@@ -95,18 +91,6 @@ class Flags:
     mesh: Mesh = Mesh()
 
 
-class Job(NamedTuple):
-    """One portrait with one driver."""
-
-    source: pathlib.Path
-    driving: pathlib.Path
-    output: pathlib.Path
-
-    @property
-    def name(self) -> str:
-        return f"{self.source.stem}--{self.driving.stem}"
-
-
 class Model(NamedTuple):
     """A checkpoint, on a device or over all of them."""
 
@@ -125,7 +109,7 @@ def main(flags: Flags) -> None:
         raise ConfigError("--face chooses the face to crop to, and --no-align takes the middle square: give one or the other")
     if flags.source is None and flags.jobs is None:  # the bundled pair is cropped already
         flags = dataclasses.replace(flags, align=False)
-    jobs = jobs_of(flags)
+    asked = jobs_of(flags)
     stored, weights = checkpoint.find_weights(flags.checkpoint)  # once: training may save another step meanwhile
     config = override(stored, flags)
     provenance = functools.cache(lambda: checkpoint.fingerprint(flags.checkpoint, weights))
@@ -135,21 +119,21 @@ def main(flags: Flags) -> None:
             raise ConfigError(f"--mesh.strategy context: {count} devices cannot share the {config.data.frames} frames of a window evenly")
         places = [sharding.make_layout(MeshConfig(data=1, context=count, strategy="fsdp_context"))]
     else:
-        places = jax.local_devices()[: len(jobs)]
+        places = jax.local_devices()[: len(asked)]
     models = {place: functools.cache(functools.partial(load, flags, config, weights, place)) for place in places}
     if flags.jobs is None:
-        print(render(jobs[0], flags, config, models[places[0]], provenance))
+        print(render(asked[0], flags, config, models[places[0]], provenance))
     else:
-        render_all(jobs, flags, config, models, provenance)
+        render_all(asked, flags, config, models, provenance)
 
 
-def render_all(jobs: list[Job], flags: Flags, config: Config, models: dict[Place, Callable[[], Model]], provenance: Callable[[], str]) -> None:
+def render_all(asked: list[Job], flags: Flags, config: Config, models: dict[Place, Callable[[], Model]], provenance: Callable[[], str]) -> None:
     """All jobs, as many at a time as there are places. Exits with status 1, naming them, where some have failed."""
     waiting, failed = queue.SimpleQueue(), []
     provenance()  # not once for each device
-    for job in jobs:
+    for job in asked:
         waiting.put(job)
-    bar = tqdm(total=len(jobs), unit="job", dynamic_ncols=True)
+    bar = tqdm(total=len(asked), unit="job", dynamic_ncols=True)
 
     def work(place: Place) -> None:
         with contextlib.nullcontext() if isinstance(place, sharding.Layout) else jax.default_device(place):  # or its noise would wait for the first one
@@ -182,14 +166,13 @@ def render_all(jobs: list[Job], flags: Flags, config: Config, models: dict[Place
     for job, problem in failed:
         print(f"failed: {job.source} with {job.driving}: {problem}", file=sys.stderr)
     if failed:
-        print(f"error: {len(failed)} of {len(jobs)} jobs failed", file=sys.stderr)
+        print(f"error: {len(failed)} of {len(asked)} jobs failed", file=sys.stderr)
         sys.exit(1)
 
 
 def render(job: Job, flags: Flags, config: Config, model: Callable[[], Model], provenance: Callable[[], str], *, quiet: bool = False) -> str:
     """One job, from its files to its files: what is said of it in the end."""
-    # ------------------------------------------------------------------------- inputs: all checked before any slow work
-    make_writable(job.output, job.name)
+    jobs.make_writable(job)
     with rendering.held(finished := job.output / f".{job.name}.windows"):
         return render_in(finished, job, flags, config, model, functools.cache(lambda: settings_of(flags, config, job, provenance())), quiet=quiet)
 
@@ -197,7 +180,8 @@ def render(job: Job, flags: Flags, config: Config, model: Callable[[], Model], p
 def render_in(
     finished: pathlib.Path, job: Job, flags: Flags, config: Config, model: Callable[[], Model], settings: Callable[[], dict[str, Any]], *, quiet: bool
 ) -> str:
-    """`render`, with the folder for its finished windows."""
+    """`render`, with the folder for its finished windows, which is this process's."""
+    # ------------------------------------------------------------------------- inputs: all checked before any slow work
     watch = Stopwatch()
     if flags.resume and (results := finished_results(flags, job, settings)):
         if rendering.begun_with(finished, settings()):  # left by a run that was ended behind its last file
@@ -222,11 +206,11 @@ def render_in(
             )
         if flags.paste_back:
             video.check_size(prepared.picture.shape[1], prepared.picture.shape[0], name=job.source)
-        settings()
+        chosen = settings()
     if kept:
-        rendering.check_settings(finished, settings())
+        rendering.check_settings(finished, chosen)
     else:
-        rendering.begin(finished, settings(), bytes_needed=3 * len(prepared.landmarks) * prepared.size**2)
+        rendering.begin(finished, chosen, bytes_needed=3 * len(prepared.landmarks) * prepared.size**2)
         inputs.save(prepared, finished / rendering.INPUTS)
 
     # ---------------------------------------------------------------------------------------------------------- animate
@@ -247,17 +231,16 @@ def render_in(
     made = {
         "note": "synthesised: this video shows events that did not happen",
         "version": f"svdp_jax {svdp_jax.__version__}",
-        "checkpoint": settings()["checkpoint"],
+        "checkpoint": chosen["checkpoint"],
     }
     metadata = {"title": job.name, "comment": "; ".join([made["note"], made["version"], f"checkpoint {made['checkpoint']}"])}
-    written = [job.output / f"{job.name}.mp4"]
+    result, record_file, beside = job.results
     with watch("write"):
         pictures = whole_pictures(rendering.frames(finished), prepared, paste_back=flags.paste_back)
-        video.write_video(written[0], pictures, fps=prepared.info.fps, audio_from=job.driving, metadata=metadata)
+        video.write_video(result, pictures, fps=prepared.info.fps, audio_from=job.driving, metadata=metadata)
         if flags.concat:
-            written.append(job.output / f"{job.name}_concat.mp4")
             pictures = side_by_side(rendering.frames(finished), prepared)
-            video.write_video(written[1], pictures, fps=prepared.info.fps, audio_from=job.driving, metadata=metadata)
+            video.write_video(beside, pictures, fps=prepared.info.fps, audio_from=job.driving, metadata=metadata)
     record = made | {
         "source": job.source.name,
         "driving": job.driving.name,
@@ -269,10 +252,10 @@ def render_in(
         "windows": {"rendered": windows - kept, "resumed": kept},
         "seconds": watch.seconds,
         "concat": flags.concat,
-        "settings": settings() | written_as(flags),
+        "settings": chosen | written_as(flags),
     }
-    written.append(job.output / f"{job.name}.json")
-    with files.whole(written[-1]) as partial:
+    written = [result, *([beside] if flags.concat else []), record_file]
+    with files.whole(record_file) as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n")
     shutil.rmtree(finished)
     first = watch.seconds.get(FIRST_FRAME)
@@ -283,9 +266,10 @@ def render_in(
 
 def finished_results(flags: Flags, job: Job, settings: Callable[[], dict[str, Any]]) -> list[pathlib.Path]:
     """What an earlier run has written for this job, whole and with the same settings; empty where it has not."""
-    results = [job.output / f"{job.name}{ending}" for ending in ENDINGS[: 2 + flags.concat]]
+    _, record_file, beside = job.results
+    results = [path for path in job.results if flags.concat or path != beside]
     try:
-        record = json.loads((job.output / f"{job.name}.json").read_text())
+        record = json.loads(record_file.read_text())
         before, with_concat = record["settings"], record["concat"]
     except (OSError, ValueError, LookupError, TypeError):
         return []
@@ -329,25 +313,7 @@ def jobs_of(flags: Flags) -> list[Job]:
         raise ConfigError("--jobs has the pairs of --source and --driving: give one or the other")
     if flags.landmarker and flags.landmarker.suffix == ".npz":
         raise ConfigError(f"--landmarker {flags.landmarker} holds the landmarks of one video: with --jobs put each driver's beside it, under its name")
-    try:
-        with flags.jobs.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"--jobs {flags.jobs} cannot be read: {error}") from error
-    if not rows or not {"source", "driving"} <= set(rows[0]) <= set(COLUMNS):
-        raise ConfigError(f"--jobs {flags.jobs}: needs a first line with the columns source,driving and, if need be, output, and a line for each job")
-    jobs = []
-    for line, row in enumerate(rows, start=2):
-        if not row["source"] or not row["driving"]:
-            raise ConfigError(f"--jobs {flags.jobs}, line {line}: source and driving must both be there")
-        jobs.append(Job(pathlib.Path(row["source"]), pathlib.Path(row["driving"]), pathlib.Path(row.get("output") or flags.output)))
-    written: set[pathlib.Path] = set()
-    for line, job in enumerate(jobs, start=2):
-        for path in (job.output.resolve() / f"{job.name}{ending}" for ending in ENDINGS):
-            if path in written:
-                raise ConfigError(f"--jobs {flags.jobs}, line {line}: {job.output / path.name} would be written by two jobs; give them outputs of their own")
-            written.add(path)
-    return jobs
+    return jobs.read(flags.jobs, flags.output)
 
 
 def load(flags: Flags, config: Config, weights: files.Place, place: Place) -> Model:
@@ -361,22 +327,6 @@ def override(config: Config, flags: Flags) -> Config:
     """`config` with the flags that were given."""
     given = {name: getattr(flags, name) for name in ("steps", "guidance") if getattr(flags, name) is not None}
     return dataclasses.replace(config, sample=dataclasses.replace(config.sample, **given))
-
-
-def make_writable(directory: pathlib.Path, name: str) -> None:
-    """Makes the directory; ConfigError if nothing can be written there, or a folder has the name of a result."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
-        longest = os.pathconf(directory, "PC_NAME_MAX") - len(f"._concat.mp4.{'0' * 32}.partial")
-    except OSError as error:
-        raise ConfigError(f"--output {directory} cannot be written: {error.strerror}") from error
-    unwritable = any(unicodedata.category(character) in ("Cc", "Cs") for character in name)  # control characters, bytes that are no text
-    if unwritable or len(os.fsencode(name)) > longest:
-        raise ConfigError(f"--output: no file can be called {ascii(name[:60])}... after source and driver; give them shorter, readable names")
-    for path in (directory / f"{name}{ending}" for ending in ENDINGS):
-        if path.is_dir():
-            raise ConfigError(f"--output {directory} cannot be written: {path.name} is a folder there; move it or choose another directory")
 
 
 def settings_of(flags: Flags, config: Config, job: Job, provenance: str) -> dict[str, Any]:

@@ -98,18 +98,22 @@ def held(path: pathlib.Path, *, patience: float) -> Iterator[None]:
         lock = path.open("w")
     until = time.monotonic() + patience
     with lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                if time.monotonic() > until:
-                    raise ConfigError(f"{path.parent} is in use by another process, which holds {path.name}; let it finish, or end it") from error
-                time.sleep(1)
-            except OSError:
-                break
-            else:
-                break
+        while not lock_now(lock.fileno()):
+            if time.monotonic() > until:
+                raise ConfigError(f"{path.parent} is in use by another process, which holds {path.name}; let it finish, or end it")
+            time.sleep(1)
         yield
+
+
+def lock_now(descriptor: int) -> bool:
+    """Locks an open file or folder, until it is closed; False where another process has it locked. On a file system without locks, True."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _first(partial: pathlib.Path, path: pathlib.Path) -> None:

@@ -47,23 +47,14 @@ def animate(
     driving: Iterable[UInt8[np.ndarray, "H W 3"]],
     key: Key[Array, ""],
     *,
-    sample: SampleConfig | None = None,
     after: Window | None = None,
-    layout: Layout | None = None,
-    progress: Callable[[int], None] = lambda steps: None,
-    watch: Stopwatch | None = None,
+    **how: Any,
 ) -> Iterator[Window]:
-    """Yields one window after the other; together they have exactly as many frames as `driving`.
-
-    `driving` is consumed as it is needed, a window ahead, so its length is no matter of memory. With `after`, the last window of an earlier
-    call, it begins behind that window's frames, and what comes is to the bit what that call would have yielded. `layout`: of several
-    devices that share the frames. `progress` is called with the denoising steps that are done; `watch` takes the time of them.
-    """
+    """`animate_batch` for one portrait, `how` as there: no array has its leading axis B."""
     if after:
         after = after._replace(frames=after.frames[None], history=after.history[None])
     batched = (frame[None] for frame in driving)
-    how = {"sample": sample, "after": after, "layout": layout, "progress": progress, "watch": watch}
-    for number, frames, history in animate_batch(config, params, frozen, source[None], batched, key, **how):
+    for number, frames, history in animate_batch(config, params, frozen, source[None], batched, key, after=after, **how):
         yield Window(number, frames[0], history[0])
 
 
@@ -81,7 +72,12 @@ def animate_batch(
     progress: Callable[[int], None] = lambda steps: None,
     watch: Stopwatch | None = None,
 ) -> Iterator[Window]:
-    """`animate` for B portraits at once, each by a driver of its own; all drivers have the same number of frames."""
+    """B portraits, each by a driver of its own, all of equal length. Yields one window after the other; together they have exactly as many frames as `driving`.
+
+    `driving` is consumed as it is needed, a window ahead, so its length is no matter of memory. With `after`, the last window of an earlier
+    call, it begins behind that window's frames, and what comes is to the bit what that call would have yielded. `layout`: of several
+    devices that share the frames. `progress` is called with the denoising steps that are done; `watch` takes the time of them.
+    """
     encode, decode = make_coders(config, frozen, layout)
     watch = watch or Stopwatch()
     first = after.number + 1 if after else 0

@@ -15,7 +15,6 @@ One frame takes H x W x 3 bytes: 1 MB at 576 x 576, 25 MB a second.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
@@ -46,13 +45,9 @@ def held(folder: pathlib.Path) -> Iterator[None]:
         with files.writing(folder):
             folder.mkdir(exist_ok=True)
         place = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not files.lock_now(place):
             os.close(place)
-            raise ConfigError(f"{folder}: another process renders the same; let it finish, or give another --output") from error
-        except OSError:
-            pass
+            raise ConfigError(f"{folder}: another process renders the same; let it finish, or give another --output")
         if folder.is_dir() and os.path.samestat(os.fstat(place), folder.stat()):  # else it was finished, and removed, meanwhile
             break
         os.close(place)

@@ -30,7 +30,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 # Shapes and types, as annotated, are checked at every call. Not in the config, which says itself what is wrong with a value,
 # nor in the loader, whose functions travel to worker processes, nor in sharding, where tests put other things for devices.
-TOP = ["checkpoint", "evaluation", "files", "flow", "journal", "models", "pipeline", "rendering", "sampler", "steps", "train_state"]
+TOP = ["checkpoint", "evaluation", "files", "flow", "jobs", "journal", "models", "pipeline", "rendering", "sampler", "steps", "train_state"]
 DATA = ["augment", "bundle", "clips", "detectors", "drawing", "encoding", "faces", "inputs", "liveportrait", "polygons", "preview", "report"]
 DATA += ["shots", "stills", "streams", "synthetic", "timing", "video"]
 install_import_hook([f"svdp_jax.{name}" for name in TOP] + [f"svdp_jax.data.{name}" for name in DATA], "typechecker.check")
