@@ -156,6 +156,10 @@ def test_data_do_not_depend_on_threads_workers_or_processes(data):
 def test_cached_clips_are_the_same_and_no_matter_for_workers(data):
     cached = dataclasses.replace(data, cache=True)
     assert_same(take(4, cached, threads=2), take(4, data))
+    jittered = dataclasses.replace(data, region_jitter=0.05)
+    assert_same(take(4, dataclasses.replace(jittered, cache=True)), take(4, jittered))
+    smaller = dataclasses.replace(data, size=SIZE // 2)
+    assert_same(take(4, dataclasses.replace(smaller, cache=True)), take(4, smaller))
     with pytest.raises(ConfigError, match="data.workers=2 with data.cache: each would keep clips of its own; set data.workers=0") as error:
         take(1, dataclasses.replace(cached, workers=2))
     one_line(error)

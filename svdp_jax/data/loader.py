@@ -11,7 +11,9 @@ workers, nor the number of processes change what is learned from.
 from __future__ import annotations
 
 import atexit
+import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import itertools
 import logging
@@ -79,7 +81,10 @@ def batches(
     make = Samples(clips, data, seed=seed)
 
     def at_step(step: int) -> tuple[Batch, list[LeftOut]]:
-        samples, left_out = zip(*(make(start_sample + step * batch + row) for row in rows), strict=True)
+        indices = [start_sample + step * batch + row for row in rows]
+        if data.cache:
+            make.keep(indices)
+        samples, left_out = zip(*map(make, indices), strict=True)
         return Batch(*map(_stack, zip(*samples, strict=True))), [record for records in left_out for record in records]
 
     dataset = grain.MapDataset.range(sys.maxsize).map(at_step)
@@ -160,22 +165,49 @@ class Samples:
         self.clips = clips
         self.data = data
         self.seed = seed
-        self.read = functools.cache(clips.__getitem__) if data.cache else clips.stored
+        self.read, self.left = clips.stored, data  # and what `cut` has left to do
+        if data.cache:
+            self.kept: dict[int, clips_lib.Clip] = {}
+            self.readers = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="reader")
+            self.read = lambda number: self.kept.get(number) or self.kept.setdefault(number, self._whole(number))
+            self.left = data if data.region_jitter else dataclasses.replace(data, driver_mask=False)
+
+    def _whole(self, number: int) -> clips_lib.Clip:
+        """A record to keep: all of its frames, and, unless regions jitter, as the model sees them, at its size and masked."""
+        clip = self.clips[number]
+        _check_clip(clip, self.data)
+        if self.data.region_jitter:
+            return clip
+        return clip._replace(target=_resize(clip.target, self.data.size), driver=_driving(clip.driver, clip.driver_landmarks, self.data))
+
+    def _number(self, index: int) -> int:
+        """The record that sample `index` is cut from, if it is a good one."""
+        epoch, position = divmod(index, len(self.clips))
+        return int(_order(self.seed, epoch, len(self.clips))[position])
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Reads what these samples are cut from and is not kept yet, on all cores at once. What is wrong with a record is for the sample to find."""
+
+        def read(number: int) -> None:
+            with contextlib.suppress(video.MediaError, ConfigError):
+                self.read(number)
+
+        list(self.readers.map(read, {number for index in indices if (number := self._number(index)) not in self.kept}))
 
     def __call__(self, index: int) -> tuple[Batch, list[LeftOut]]:
-        epoch, position = divmod(index, len(self.clips))
-        number = int(_order(self.seed, epoch, len(self.clips))[position])
-        rng = np.random.default_rng((self.seed, 1, index))
+        number = self._number(index)
         left_out: list[LeftOut] = []
+        others: np.random.Generator | None = None  # records in place of bad ones
         while len(left_out) < ATTEMPTS:
             try:
                 clip = self.read(number)
                 _check_clip(clip, self.data)
                 # The window is drawn from a generator of its own, so that it does not depend on what was left out before.
-                return cut(clip, self.data, rng=np.random.default_rng((self.seed, 2, index))), left_out
+                return cut(clip, self.left, rng=np.random.default_rng((self.seed, 2, index))), left_out
             except (video.MediaError, ConfigError) as error:
+                others = others or np.random.default_rng((self.seed, 1, index))
                 left_out.append(LeftOut(number, str(error), corrupt=isinstance(error, video.MediaError)))
-                number = int(rng.integers(len(self.clips)))
+                number = int(others.integers(len(self.clips)))
         raise _unusable(f"sample {index}: {ATTEMPTS} records of {self.clips.path} in a row cannot be used", left_out[-1])
 
 
@@ -187,12 +219,16 @@ def cut(clip: clips_lib.Clip, data: DataConfig, *, rng: np.random.Generator) -> 
     source = int(rng.integers(len(clip.target) - span))
     source += span if source >= start else 0  # the window is not there to choose from
     jitter = rng.normal(scale=data.region_jitter, size=(4, 4)) if data.region_jitter else 0
-    target = _resize(clip.target[[*range(start, start + span), source]], data.size)
-    window = range(first, start + span)
+    if isinstance(clip.target, np.ndarray):  # nothing is copied here
+        target, still, window = clip.target[start : start + span], clip.target[source : source + 1], slice(first, start + span)
+    else:  # decoded together
+        target, still = np.split(clip.target[[*range(start, start + span), source]], [span])
+        window = range(first, start + span)
+    target = _resize(target, data.size)
     return Batch(
-        target=target[data.history : span],
+        target=target[data.history :],
         history=target[: data.history],
-        source=target[span],
+        source=_resize(still, data.size)[0],
         driving=_driving(clip.driver[window], clip.driver_landmarks[window], data, jitter=jitter),
     )
 
