@@ -1,17 +1,29 @@
 """The same network and the same four-pass step, written plainly in PyTorch: what `benchmarks/sampler.py --against-pytorch` runs beside ours.
 
-Needs torch, numpy and einops. Attention is `scaled_dot_product_attention`; everything else is left to `torch.compile`.
+Needs torch, numpy and einops. Attention is `scaled_dot_product_attention`; everything else is left to `torch.compile`, one layer at a time, as is usual
+for networks of many equal layers.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import statistics
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+# Which kernels `scaled_dot_product_attention` may take: what PyTorch chooses by itself, or one kind.
+KERNELS = {
+    "default": contextlib.nullcontext,
+    "flash": functools.partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION),
+    "cudnn": functools.partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION),
+}
 EPSILON = 1e-6
 FLOAT32_PARTS = ("time", "pooled", "frame_encoding")  # embeddings, in float32 whatever the dtype of the rest
 
@@ -25,7 +37,7 @@ class Inputs(NamedTuple):
 
 
 class Reference:
-    """The network of `svdp_jax.models.transformer`, from its parameters as nested dicts of numpy arrays."""
+    """The network of `svdp_jax.models.transformer`, from its parameters as nested dicts of tensors, and its `Constants` of tensors."""
 
     def __init__(self, model: Any, params: dict, constants: Any, *, dtype: torch.dtype, device: str):
         self.model, self.dtype, self.device = model, dtype, device
@@ -40,8 +52,13 @@ class Reference:
         self.positions = self._tensor(constants.positions, dtype)
         self.text, self.pooled = self._tensor(constants.text, dtype), self._tensor(constants.pooled, torch.float32)
 
-    def _tensor(self, array: Any, dtype: torch.dtype) -> torch.Tensor:
-        return torch.from_numpy(np.array(array, np.float32)).to(self.device, dtype)
+    def _tensor(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return tensor.to(self.device, dtype)
+
+    def compile(self) -> None:
+        """A graph for each kind of layer and each pass, which all layers of the kind share, and the head."""
+        torch._dynamo.config.recompile_limit = 64  # graphs of one function: three kinds times four passes
+        self.layer, self.head = (torch.compile(part, dynamic=False) for part in (self.layer, self.head))
 
     def _weights(self, tree: dict, dtype: torch.dtype | None = None) -> dict:
         """Kernels [inputs..., outputs...] as [outputs, inputs], which is what F.linear takes. Scales of norms stay in float32."""
@@ -50,11 +67,10 @@ class Reference:
             if isinstance(leaf, dict):
                 found[name] = self._weights(leaf, dtype)
             elif name == "kernel":
-                bias = np.asarray(tree["bias"])
-                outputs = bias.size
-                found[name] = self._tensor(np.asarray(leaf, np.float32).reshape(-1, outputs).T, dtype or self.dtype).contiguous()
+                outputs = tree["bias"].numel()
+                found[name] = self._tensor(leaf.reshape(-1, outputs).T, dtype or self.dtype).contiguous()
             else:
-                found[name] = self._tensor(np.asarray(leaf).reshape(-1), torch.float32 if name.endswith("norm") else dtype or self.dtype)
+                found[name] = self._tensor(leaf.reshape(-1), torch.float32 if name.endswith("norm") else dtype or self.dtype)
         return found
 
     def __call__(self, z: torch.Tensor, t: torch.Tensor, inputs: Inputs) -> torch.Tensor:
@@ -70,7 +86,7 @@ class Reference:
         count = image[0].shape[2]
         image = torch.cat(image, dim=2)
         words = linear(parts["text"], self.text)
-        text = words.expand(batch, frames, *words.shape)
+        text = words.expand(batch, frames, *words.shape).contiguous()  # as the layers put it out: they share a graph
         pooled = embedding(parts["pooled"], self.pooled)
         clock = lambda t: embedding(parts["time"], sinusoid(1000.0 * t, 128)) + pooled
         number = lambda first, last: embedding(parts["frame_encoding"], sinusoid(torch.arange(first, last, device=self.device), model.frame_frequencies))
@@ -78,17 +94,24 @@ class Reference:
         past = past_text = past_c = past_code = None
         if inputs.history is not None:
             length = inputs.history.shape[1]
-            past, past_text = embed(inputs.history) + self.positions[0], words.expand(batch, length, *words.shape)
+            past, past_text = embed(inputs.history) + self.positions[0], words.expand(batch, length, *words.shape).contiguous()
             past_c, past_code = clock(torch.zeros_like(t)), number(-length, 0)
         for kind, weights in self.layers:
-            new, past = self.temporal(weights["temporal"], image[:, :, :count], past, c, past_c, code, past_code, asks=kind != "last")
-            image = torch.cat([new, image[:, :, count:]], dim=2)
-            text, image = self.joint(weights["joint"], kind, text, image, c)
-            if past is not None and kind != "last":
-                past_text, past = self.joint(weights["joint"], kind, past_text, past, past_c)
-        shift, scale = self.modulation(parts["final_modulation"], c)
-        out = linear(parts["final"], modulate(layer_norm(image[:, :, :count]), shift, scale).to(self.dtype)).float()
+            text, image, past_text, past = self.layer(weights, kind, count, text, image, past_text, past, c, past_c, code, past_code)
+        out = self.head(parts, image[:, :, :count].contiguous(), c)
         return rearrange(out, "... (h w) (p q c) -> ... (h p) (w q) c", h=height // model.patch, p=model.patch, q=model.patch)
+
+    def layer(self, weights, kind: str, count: int, text, image, past_text, past, c, past_c, code, past_code):
+        new, past = self.temporal(weights["temporal"], image[:, :, :count], past, c, past_c, code, past_code, asks=kind != "last")
+        image = torch.cat([new, image[:, :, count:]], dim=2)
+        text, image = self.joint(weights["joint"], kind, text, image, c)
+        if past is not None and kind != "last":
+            past_text, past = self.joint(weights["joint"], kind, past_text, past, past_c)
+        return text, image, past_text, past
+
+    def head(self, weights, image, c):
+        shift, scale = self.modulation(weights["final_modulation"], c)
+        return linear(weights["final"], modulate(layer_norm(image), shift, scale).to(self.dtype)).float()
 
     def modulation(self, weights: dict, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
         chunks = linear(weights["linear"], F.silu(c).to(self.dtype))
@@ -182,6 +205,27 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     batch = len(q)
     q, k, v = (rearrange(x, "b g s n h -> (b g) n s h") for x in (q, k, v))
     return rearrange(F.scaled_dot_product_attention(q, k, v), "(b g) n s h -> b g s n h", b=batch)
+
+
+def attention_seconds(q_shape: tuple[int, ...], k_shape: tuple[int, ...], *, dtype: torch.dtype, device: str, repeats: int = 5) -> dict[str, float]:
+    """Of each of KERNELS, median seconds of attention on these shapes; infinite where it does not take them."""
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype) for shape in (q_shape, k_shape, k_shape))
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    found = {}
+    for name, kernels in KERNELS.items():
+        seconds = []
+        try:
+            with torch.inference_mode(), kernels():
+                for _ in range(1 + repeats):
+                    wait()
+                    begun = time.perf_counter()
+                    attention(q, k, v)
+                    wait()
+                    seconds.append(time.perf_counter() - begun)
+        except RuntimeError:
+            seconds = [float("inf")] * 2
+        found[name] = statistics.median(seconds[1:])
+    return found
 
 
 def _map(function, tree: dict) -> dict:

@@ -4,33 +4,40 @@
     python benchmarks/sampler.py --size small [--against-pytorch]       a CPU can do this one
 
 Needs jax, flax, optax and einops (and torch, for --against-pytorch). TFLOP are of the model (`models/flops.py`). Components are timed by themselves, on the
-shapes that pass p gives them; "rest" is what the pass takes beyond their sum: norms, modulation, and what XLA does between. Everything is timed in
-turn, round after round, so that a machine whose speed drifts is as fast for all of it; figures are medians over the rounds. Prints tables and, last,
-one line of JSON.
+shapes that pass p gives them; "rest" is what the pass takes beyond their sum: norms, modulation, and what XLA does between. All programs are compiled
+first, several at a time, while nothing runs on the device but the compiler's own trials. Then everything is timed in turn, round after round, so that
+a machine whose speed drifts is as fast for all of it; figures are medians over the rounds. Prints tables and, last, one line of JSON. Where JAX and
+PyTorch share a GPU, JAX takes half of its memory, unless XLA_CLIENT_MEM_FRACTION says otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import datetime
 import functools
 import importlib.metadata
 import json
+import os
 import pathlib
 import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+if "--against-pytorch" in sys.argv:
+    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.5")
+
 import jax
 import jax.numpy as jnp
+import kernels
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from svdp_jax import flow, pipeline, sampler  # noqa: E402
-from svdp_jax.config import Config, load_config  # noqa: E402
+from svdp_jax.config import Config, ModelConfig, load_config  # noqa: E402
 from svdp_jax.models import flops, tokens  # noqa: E402
 from svdp_jax.models.attention import attention  # noqa: E402
 from svdp_jax.models.layers import COMPILER  # noqa: E402
@@ -41,6 +48,11 @@ from svdp_jax.types import Conditions, Constants  # noqa: E402
 
 PASSES = "usdp"
 GUIDANCE = (2.0, 2.5, 1.0)
+BEGUN = time.perf_counter()
+
+
+def progress(done: str) -> None:
+    print(f"{time.perf_counter() - BEGUN:7.1f} s  {done}", file=sys.stderr, flush=True)
 
 
 class Window(NamedTuple):
@@ -70,12 +82,25 @@ def make_window(config: Config) -> Window:
         noise = jax.random.normal(jax.random.fold_in(jax.random.key(1), number), leaf.shape) * 0.02
         return (noise + 1 if path[-1].key.endswith("norm") else noise).astype(leaf.dtype)
 
-    params = structure.unflatten([drawn(number) for number in range(len(leaves))])
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # as each compiles
+        params = structure.unflatten(pool.map(drawn, range(len(leaves))))
     shapes = abstract_inputs(model, batch=1, frames=data.frames, history=data.history, height=height, width=width)
     keys = iter(jax.random.split(jax.random.key(2), 99))
     z, _, conditions, constants = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape, leaf.dtype), shapes)
     constants = constants._replace(positions=tokens.shifted_crops(position_table(model), config.grid, config.grid))
     return Window(Transformer(model), params, constants, conditions, z)
+
+
+def in_threads(makers: dict[str, Callable[[], Callable[[], Any]]]) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
+    """What each maker, which compiles, makes: calls, and the seconds that each took beside the others. Python holds them up only where it lowers."""
+
+    def timed(maker: Callable) -> tuple[Callable[[], Any], float]:
+        begun = time.perf_counter()
+        return maker(), time.perf_counter() - begun
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = dict(zip(makers, pool.map(timed, makers.values()), strict=True))
+    return {name: call for name, (call, _) in made.items()}, {name: seconds for name, (_, seconds) in made.items()}
 
 
 def in_turn(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
@@ -86,20 +111,27 @@ def in_turn(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.nd
             begun = time.perf_counter()
             jax.block_until_ready(call())
             seconds[name][number] = time.perf_counter() - begun  # the round that does not count is written over by the last
+        progress(f"round {number + 1} of {rounds}: " + ", ".join(f"{name} {taken[number]:.4f}" for name, taken in seconds.items()))
     return seconds
 
 
 def step_of(window: Window, levels: tuple[int, ...], coefficients: list[float], *, steps: int) -> Callable[[], jax.Array]:
-    """`steps` denoising steps with these passes, as `sampler.sample_window` does them."""
+    """`steps` denoising steps with these passes, as `sampler.sample_window` does them, compiled."""
     signals = sampler.signals_of(window.model, window.params, window.constants, window.conditions, levels)
     noise_levels, weights = jnp.array(flow.noise_levels(steps, shift=3.0)), jnp.array(coefficients, jnp.float32)
-    inputs = window.params, window.constants
-    return lambda: sampler.denoise(window.model, *inputs, window.z + 0, signals, weights, noise_levels, jnp.int32(0), jnp.int32(steps))[0]
+    arguments = lambda: (window.params, window.constants, window.z + 0, signals, weights, noise_levels, jnp.int32(0), jnp.int32(steps))  # z is donated
+    denoise = sampler.denoise.lower(window.model, *arguments()).compile()
+    return lambda: denoise(*arguments())[0]
 
 
-def components(config: Config) -> dict[str, tuple[Callable, list[tuple[tuple[int, ...], ...]], int]]:
-    """Of pass p: name -> (function, shapes of its arguments, how often), one entry for each shape of the image streams and of history."""
-    model, frames, past, count = config.model, config.data.frames, config.data.history, config.grid**2
+def product_of(side: int, dtype: str) -> Callable[[], jax.Array]:
+    """The product of two square matrices, compiled."""
+    square = jax.random.normal(jax.random.key(0), (side, side), jnp.dtype(dtype))
+    return functools.partial(jax.jit(jnp.matmul).lower(square, square).compile(), square, square)
+
+
+def components(model: ModelConfig, frames: int, past: int, count: int) -> dict[str, tuple[Callable, list[tuple[tuple[int, ...], ...]], int]]:
+    """Of pass p, with frames of `count` tokens: name -> (function, shapes of its arguments, how often), one entry for each shape of the image streams and of history."""
     words, width, hidden = model.text_tokens, model.width, model.mlp_ratio * model.width
     kinds = dict(layer_groups(model))
     updated = model.depth - 1 if model.history == "joint" else 0
@@ -128,49 +160,52 @@ def components(config: Config) -> dict[str, tuple[Callable, list[tuple[tuple[int
     return found
 
 
-def component_calls(config: Config) -> dict[str, Callable[[], Any]]:
-    """What runs each of `components` as often as pass p does; a name has a number behind it, one for each shape."""
-    drawn = lambda shape: jax.random.normal(jax.random.key(0), shape, jnp.dtype(config.model.dtype))
-    calls = {}
-    for name, parts in components(config).items():
-        for number, (function, shapes, times) in enumerate(parts):
+def in_a_row(function: Callable, shapes: tuple[tuple[int, ...], ...], times: int, dtype: str) -> Callable[[], jax.Array]:
+    """`function` of arrays of these shapes, so many times, each of which waits for the one before, as layers do; compiled."""
+    drawn = [jax.random.normal(jax.random.key(0), shape, jnp.dtype(dtype)) for shape in shapes]
 
-            @functools.partial(jax.jit, compiler_options=COMPILER)
-            def in_a_row(first, *others, function=function, times=times):  # each waits for the one before, as layers do
-                again = lambda _, x: first + 0 * function(x, *others).ravel()[0]
-                return jax.lax.fori_loop(0, times, again, first)
+    @functools.partial(jax.jit, compiler_options=COMPILER)
+    def repeated(first, *others):
+        again = lambda _, x: first + 0 * function(x, *others).ravel()[0]
+        return jax.lax.fori_loop(0, times, again, first)
 
-            calls[f"{name} {number}"] = functools.partial(in_a_row, *map(drawn, shapes))
-    return calls
+    return functools.partial(repeated.lower(*drawn).compile(), *drawn)
 
 
-def pytorch_calls(window: Window, levels: tuple[int, ...], coefficients: list[float], side: int, flags: argparse.Namespace) -> dict[str, Callable[[], Any]]:
-    """A step, and one large product, in PyTorch, on the same device with the same weights."""
+def pytorch_calls(window: Window, levels: tuple[int, ...], coefficients: list[float], side: int, flags: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], dict]:
+    """A step, and one large product, in PyTorch, on the same device with the same weights; and which of its attention kernels the step uses, by their seconds."""
     import pytorch_reference as reference
     import torch
 
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     dtype = getattr(torch, flags.dtype)
-    network = reference.Reference(window.model.config, jax.device_get(window.params), jax.device_get(window.constants), dtype=dtype, device=device)
+    weights, constants = jax.tree.map(torch.from_dlpack, (window.params, window.constants))
+    network = reference.Reference(window.model.config, weights, constants, dtype=dtype, device=device)
     tensor = lambda x: None if x is None else torch.from_numpy(np.array(x)).to(device)
     signals = [tokens.at_level(window.conditions, level, dropped="omit") for level in levels]
     passes = [reference.Inputs(*map(tensor, one[:3])) for one in signals]
-    run = network.__call__ if flags.eager else torch.compile(network.__call__)
+    if not flags.eager:
+        network.compile()
     z, square = tensor(window.z), torch.randn(side, side, device=device, dtype=dtype)
     t, t_next = flow.noise_levels(1, shift=3.0).tolist()
+    parts = components(window.model.config, *window.conditions.driving.shape[1:2], window.conditions.history.shape[1], window.constants.positions.shape[1])
+    shapes = {name: parts[name][0][1][:2] for name in ("temporal attention", "joint attention")}
+    attention_seconds = {name: reference.attention_seconds(*shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    total = {kernel: sum(seconds[kernel] for seconds in attention_seconds.values()) for kernel in reference.KERNELS}
+    chosen = min(total, key=lambda kernel: total[kernel] * (1 if kernel == "default" else 1.02))  # another, if it gains anything
 
     def done(function):
         def call():
-            with torch.inference_mode():
+            with torch.inference_mode(), reference.KERNELS[chosen]():
                 result = function()
                 if device == "cuda":
                     torch.cuda.synchronize()
-            return result.cpu().float().numpy()
+            return result
 
         return call
 
-    step = lambda: reference.step(run, z, t, t_next, passes, coefficients, prediction="velocity")
-    return {"pytorch step": done(step), "pytorch product": done(lambda: (square @ square)[0, 0])}
+    step = lambda: reference.step(network, z, t, t_next, passes, coefficients, prediction="velocity")
+    return {"pytorch step": done(step), "pytorch product": done(lambda: square @ square)}, {"used": chosen, "seconds": attention_seconds}
 
 
 def main() -> None:
@@ -181,6 +216,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument("--against-pytorch", action="store_true", help="the same step in PyTorch, in turn")
     parser.add_argument("--eager", action="store_true", help="PyTorch without torch.compile")
+    parser.add_argument("--trace", type=pathlib.Path, metavar="FOLDER", help="one step is traced into it, and the time of each kernel printed")
     flags = parser.parse_args()
     on_cpu = jax.default_backend() == "cpu"
     flags.dtype = flags.dtype or ("float32" if on_cpu else "bfloat16")
@@ -191,27 +227,37 @@ def main() -> None:
     chosen = sampler.guided_passes(GUIDANCE, with_history=True)
     levels, coefficients = tuple(chosen), list(chosen.values())
 
-    step = step_of(window, levels, coefficients, steps=1)
-    begun = time.perf_counter()
-    result_of_step = np.asarray(step())
-    compile_seconds = time.perf_counter() - begun
-    assert np.isfinite(result_of_step).all(), "the result is not finite"
     side = 1024 if on_cpu else 8192
-    square = jax.random.normal(jax.random.key(0), (side, side), jnp.dtype(flags.dtype))
     first = sampler.guided_passes(GUIDANCE, with_history=False)
     without = window._replace(conditions=window.conditions._replace(history=None))
-    theirs = pytorch_calls(window, levels, coefficients, side, flags) if flags.against_pytorch else {}
-    calls = theirs | {
-        "step": step,
-        "product": functools.partial(jax.jit(jnp.matmul), square, square),
-        "first": step_of(without, tuple(first), list(first.values()), steps=1),
-        **{PASSES[level]: step_of(window, (level,), [1.0], steps=1) for level in levels},
-        **component_calls(config),
-    }
+    parts = components(config.model, config.data.frames, config.data.history, config.grid**2)
+    progress("weights drawn")
+    calls, compile_seconds = in_threads({
+        "step": functools.partial(step_of, window, levels, coefficients, steps=1),
+        "first": functools.partial(step_of, without, tuple(first), list(first.values()), steps=1),
+        **{PASSES[level]: functools.partial(step_of, window, (level,), [1.0], steps=1) for level in levels},
+        **{f"{name} {number}": functools.partial(in_a_row, *part, flags.dtype) for name, shapes in parts.items() for number, part in enumerate(shapes)},
+        "product": functools.partial(product_of, side, flags.dtype),
+    })
+    progress("compiled: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in compile_seconds.items()))
+    result_of_step = np.asarray(calls["step"]())
+    assert np.isfinite(result_of_step).all(), "the result is not finite"
+    progress("first step")
+    if flags.against_pytorch:
+        theirs, pytorch_attention = pytorch_calls(window, levels, coefficients, side, flags)
+        by_kernel = lambda seconds: ", ".join(f"{kernel} {1e3 * taken:.2f}" for kernel, taken in seconds.items())
+        attention_line = f"{pytorch_attention['used']}; ms: " + "; ".join(f"{name} {by_kernel(seconds)}" for name, seconds in pytorch_attention["seconds"].items())
+        progress(f"PyTorch's attention kernels: {attention_line}")
+        begun = time.perf_counter()
+        there = theirs["pytorch step"]().cpu().float().numpy()
+        pytorch_compile_seconds = time.perf_counter() - begun
+        progress("PyTorch's first step")
+        theirs["pytorch step"]()  # its next two are slow as well
+        calls = theirs | calls
     seconds = in_turn(calls, flags.repeats)
     typical = {name: float(np.median(taken)) for name, taken in seconds.items()}
     whole, by_pass = typical["step"], {PASSES[level]: typical[PASSES[level]] for level in levels}
-    by_component = {part: sum(taken for name, taken in typical.items() if name.rpartition(" ")[0] == part) for part in components(config)}
+    by_component = {part: sum(taken for name, taken in typical.items() if name.rpartition(" ")[0] == part) for part in parts}
     by_component["rest"] = by_pass["p"] - sum(by_component.values())
 
     shape = {"frames": config.data.frames, "tokens": config.grid**2}
@@ -228,17 +274,19 @@ def main() -> None:
         "matrix_peak_tflops": peak,
         "share_of_peak": sum(work.values()) / whole / peak,
         "peak_memory_gb": peak_memory(),
-        "compile_seconds": compile_seconds,
+        "compile_seconds": compile_seconds["step"],  # while others are compiled
     }
     if flags.against_pytorch:
         low, ratio, high = np.quantile(seconds["pytorch step"] / seconds["step"], [0.25, 0.5, 0.75]).tolist()
-        there, begun_at = theirs["pytorch step"](), np.asarray(window.z)
+        begun_at = np.asarray(window.z)
         result |= {
             "pytorch_seconds": typical["pytorch step"],
             "times_as_fast_as_pytorch": ratio,
             "quarters": [low, high],
             "pytorch_apart": float(np.linalg.norm(there - result_of_step) / np.linalg.norm(result_of_step - begun_at)),
             "pytorch_matrix_peak_tflops": product / typical["pytorch product"],
+            "pytorch_attention": pytorch_attention,
+            "pytorch_compile_seconds": pytorch_compile_seconds,
         }
     shape["history_frames"] = config.data.history
     result |= {
@@ -248,11 +296,16 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
     }
     print(f"step {whole:.3f} s (first window {typical['first']:.3f}), {result['tflops']:.2f} TFLOP/s, {result['share_of_peak']:.0%} of a product's {peak:.2f}")
-    for title, parts in ("pass", by_pass), ("in pass p", by_component):
-        print(f"{title:>10}: " + ", ".join(f"{name} {seconds:.4f} s ({seconds / by_pass['p']:.0%})" for name, seconds in parts.items()))
+    for title, shares in ("pass", by_pass), ("in pass p", by_component):
+        print(f"{title:>10}: " + ", ".join(f"{name} {taken:.4f} s ({taken / by_pass['p']:.0%})" for name, taken in shares.items()))
     if flags.against_pytorch:
         print(f"   PyTorch: {result['pytorch_seconds']:.3f} s, a product {result['pytorch_matrix_peak_tflops']:.2f} TFLOP/s; apart by {result['pytorch_apart']:.1e}")
+        print(f"            its attention kernels: {attention_line}")
         print(f"            ours is {ratio:.2f} times as fast (quarters of the rounds: {low:.2f}, {high:.2f})")
+    if flags.trace:
+        found, span = kernels.read_kernels(kernels.traced(calls["step"], flags.trace, "step"))
+        result |= {"kernel_milliseconds": kernels.by_kind(found), "kernels_span_milliseconds": span}
+        print(kernels.table(found, span))
     print(json.dumps(result))
 
 

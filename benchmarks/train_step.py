@@ -38,6 +38,12 @@ from svdp_jax.models.tokens import position_table  # noqa: E402
 from svdp_jax.peaks import peak_memory, peak_tflops  # noqa: E402
 from svdp_jax.types import Batch, Frozen  # noqa: E402
 
+BEGUN = time.perf_counter()
+
+
+def progress(done: str) -> None:
+    print(f"{time.perf_counter() - BEGUN:7.1f} s  {done}", file=sys.stderr, flush=True)
+
 
 def make_config(flags: argparse.Namespace) -> Config:
     """The paper's run, or the demo's, as the flags want it."""
@@ -84,9 +90,11 @@ def main() -> None:
     batch, (autoencoder, constants, key) = jax.device_put(random_batch(config), layout.batch), jax.device_put((autoencoder, constants, jax.random.key(2)), layout.whole)
     votes = layout.votes(False)
 
+    progress("state drawn")
     begun = time.perf_counter()
     step = train_state.make_step(config, layout, shardings, with_history=with_history).lower(state, batch, autoencoder, constants, key, votes).compile()
     compile_seconds = time.perf_counter() - begun
+    progress("compiled")
     for _ in range(2):
         state, _ = step(state, batch, autoencoder, constants, key, votes)
     jax.block_until_ready(state)
@@ -97,6 +105,7 @@ def main() -> None:
         jax.block_until_ready(state)
         seconds.append(time.perf_counter() - begun)
     assert np.isfinite(float(metrics["loss"])), "the loss is not finite"
+    progress(f"steps: {[round(taken, 4) for taken in seconds]} s")
 
     draws = jax.jit(functools.partial(train_state.draw, config, flags.batch, with_history=with_history))(key)
     encode = jax.jit(functools.partial(train_state.encode, config, with_history=with_history, layout=layout))

@@ -29,7 +29,7 @@ def both(dtype):
     signals = sampler.signals_of(model, params, constants, conditions, range(4))
     levels = jnp.array([0.75, 0.5])
     ours, _ = sampler.denoise(model, params, constants, z + 0, signals, jnp.array(COEFFICIENTS), levels, jnp.int32(0), jnp.int32(1))
-    network = reference.Reference(config, jax.device_get(params), constants, dtype=getattr(torch, dtype), device="cpu")
+    network = reference.Reference(config, *jax.tree.map(torch.from_dlpack, (params, constants)), dtype=getattr(torch, dtype), device="cpu")
     tensor = lambda x: None if x is None else torch.from_numpy(np.array(x))
     passes = [reference.Inputs(*map(tensor, one[:3])) for one in signals]
     with torch.inference_mode():
