@@ -5,7 +5,7 @@
 
 Needs jax, flax, optax and einops (and torch, for --against-pytorch). TFLOP are of the model (`models/flops.py`). Components are timed by themselves, on the
 shapes that pass p gives them; "rest" is what the pass takes beyond their sum: norms, modulation, and what XLA does between. All programs are compiled
-first, several at a time, while nothing runs on the device but the compiler's own trials. Then everything is timed in turn, round after round, so that
+first, several at a time, while nothing runs on the device but the compiler's own trials. Then everything is timed in turn, round after round and there and back, so that
 a machine whose speed drifts is as fast for all of it; figures are medians over the rounds. Prints tables and, last, one line of JSON. Where JAX and
 PyTorch share a GPU, JAX takes half of its memory, unless XLA_CLIENT_MEM_FRACTION says otherwise.
 """
@@ -107,7 +107,7 @@ def in_turn(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.nd
     """Seconds of each call in each round, after one that does not count. Calls return arrays of JAX, which are waited for, or what is there already."""
     seconds = {name: np.zeros(rounds) for name in calls}
     for number in range(-1, rounds):
-        for name, call in calls.items():
+        for name, call in list(calls.items())[:: 1 if number % 2 else -1]:  # a card is hot behind whoever worked it hard: in turn, that is another
             begun = time.perf_counter()
             jax.block_until_ready(call())
             seconds[name][number] = time.perf_counter() - begun  # the round that does not count is written over by the last

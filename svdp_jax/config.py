@@ -122,8 +122,8 @@ class DataConfig:
     region_margin: float = 0.06  # around eyes, nose and mouth, in sides of the face box
     region_jitter: float = 0.0  # in training: standard deviation of each edge of a window's regions, in sides of the face box
     corrupt_limit: float = 0.01  # share of the records that may be corrupt or too short; they are left out
-    workers: int = 0  # processes that decode; 0 uses threads
-    cache: bool = False  # keep clips in memory as the model sees them: for data sets that fit, and threads (workers=0), which share them
+    workers: int = 0  # processes that decode, with cache only once; 0 uses threads
+    cache: bool = False  # keep clips in memory as the model sees them: for data sets that fit
 
     def __post_init__(self):
         _positive(self, "size frames fps face_scale")

@@ -50,7 +50,7 @@ def test_a_rendering_that_is_killed_is_resumed_to_the_bit(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     subprocess.run([*command, tmp_path / "straight"], check=True, cwd=ROOT, env=environment)
     kept, kills = tmp_path / "killed" / ".source--driving.windows", 0
-    for windows in (1, 3, 4, 8):
+    for windows in range(1, 5):
         process = subprocess.Popen([*command, tmp_path / "killed", "--resume"], cwd=ROOT, env=environment)
         while process.poll() is None and rendering.windows_in(kept) < windows:
             time.sleep(0.01)
@@ -61,7 +61,7 @@ def test_a_rendering_that_is_killed_is_resumed_to_the_bit(tmp_path):
     subprocess.run([*command, tmp_path / "killed", "--resume"], check=True, cwd=ROOT, env=environment)
     straight, resumed = (list(video.read_frames(tmp_path / name / "source--driving.mp4")) for name in ("straight", "killed"))
     np.testing.assert_array_equal(straight, resumed)
-    assert json.loads((tmp_path / "killed" / "source--driving.json").read_text())["windows"]["resumed"] >= 8
+    assert json.loads((tmp_path / "killed" / "source--driving.json").read_text())["windows"]["resumed"] >= 4
 
 
 def test_the_bundled_files_are_what_the_program_writes(tmp_path):
@@ -77,7 +77,8 @@ def test_the_bundled_files_are_what_the_program_writes(tmp_path):
 def test_the_bundled_weights_are_those_of_the_config():
     config, params, _ = checkpoint.load_weights(DEMO / "checkpoint")  # checks every shape
     assert config == load_config(ROOT / "configs" / "demo.py")
-    assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) < 25e6
+    sizes = [path.stat().st_size for path in DEMO.rglob("*") if path.is_file()]
+    assert sum(sizes) < 40e6 and max(sizes) < 20e6, "what an installation, and a host of repositories, take without asking"
     assert params
 
 
@@ -86,7 +87,7 @@ def test_the_figures_on_a_page_are_those_that_were_measured(page):
     record = json.loads(MEASURED.read_text())
     config = load_config(DEMO / "checkpoint" / "config.json")
     assert record["sampling"] == {"steps": config.sample.steps, "guidance": list(config.sample.guidance), "shift": config.sample.shift}
-    assert (record["split"], record["frames"]) == ("test", 80)
+    assert (record["split"], record["frames"]) == ("test", 160)
     rows = {"PSNR, whole frames": "psnr", "PSNR, eyes, nose and mouth": "regions", "frame-to-frame change": "change", "the same where windows meet": "seams"}
     rows |= {"mouth opening": "mouth", "head position": "head", "gaze": "gaze", "error of the tenth window": "drift", "of which across": "head_x", "of which down": "head_y"}
     text = (ROOT / page).read_text()

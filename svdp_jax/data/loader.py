@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -68,40 +69,37 @@ def batches(
     """Batches of `split` from sample `start_sample` on, without end; epochs follow each other, each in its own order.
 
     `batch` counts the samples of a step over all processes, of which this one gets `rows` (all, if not given). `threads` threads decode ahead, or `data.workers` processes if
-    there are any (then the caller's script needs `if __name__ == "__main__"`). `close()` ends them.
+    there are any, with `data.cache` before all else (then the caller's script needs `if __name__ == "__main__"`). `close()` ends them.
 
     No dataset, or one that does not suit `data`: ConfigError, before any batch."""
-    if data.cache and data.workers:
-        raise ConfigError(f"data.workers={data.workers} with data.cache: each would keep clips of its own; set data.workers=0 (threads share them) or no cache")
     if not data.path:
         raise ConfigError(f"data.path is not set; {clips_lib.MAKE.format('DIR')}, then set data.path=DIR")
     clips = clips_lib.open_clips(data.path, split=split)
     _check_first(clips, data)
     rows = range(batch) if rows is None else rows
-    make = Samples(clips, data, seed=seed)
+    make = Samples(clips, data, seed=seed, first=start_sample)
 
     def at_step(step: int) -> tuple[Batch, list[LeftOut]]:
-        indices = [start_sample + step * batch + row for row in rows]
-        if data.cache:
-            make.keep(indices)
-        samples, left_out = zip(*map(make, indices), strict=True)
+        samples, left_out = zip(*(make(start_sample + step * batch + row) for row in rows), strict=True)
         return Batch(*map(_stack, zip(*samples, strict=True))), [record for records in left_out for record in records]
 
     dataset = grain.MapDataset.range(sys.maxsize).map(at_step)
-    if data.workers == 0:
+    workers = 0 if data.cache else data.workers
+    if workers == 0:
         ahead = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
     else:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain reads absl's flags, which only absl's own main would have parsed
         ahead = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-        ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2), worker_init_fn=_end_with_parent)
-    stream = _stream(iter(ahead), clips, limit=data.corrupt_limit, workers=data.workers)
+        ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2), worker_init_fn=_end_with_parent)
+    stream = _stream(iter(ahead), make, limit=data.corrupt_limit, workers=workers)
     atexit.register(_close, weakref.ref(stream))
     return stream
 
 
-def _stream(iterator: grain.DatasetIterator, clips: clips_lib.Clips, *, limit: float, workers: int) -> Generator[Batch, None, None]:
+def _stream(iterator: grain.DatasetIterator, make: Samples, *, limit: float, workers: int) -> Generator[Batch, None, None]:
     """The batches alone. Those of `workers` lie in their worker's memory, which ends with it: they are copied."""
+    clips = make.clips
     bad: set[int] = set()  # kept here and not where records are read, so that it is the same for any number of workers
     try:
         first = []
@@ -118,6 +116,7 @@ def _stream(iterator: grain.DatasetIterator, clips: clips_lib.Clips, *, limit: f
                 raise _unusable(f"{len(bad)} of {len(clips)} records of {clips.path} cannot be used, more than data.corrupt_limit={limit:g} allows", record)
             yield Batch(*map(np.array, batch)) if workers else batch
     finally:
+        make.close()
         iterator.close()
 
 
@@ -159,43 +158,33 @@ def _close(stream: weakref.ref[Generator[Batch, None, None]]) -> None:
 
 
 class Samples:
-    """Sample i of training with `seed`, as a Batch without its first axis, and the records left out on the way."""
+    """Sample i of training with `seed`, as a Batch without its first axis, and the records left out on the way. `first` is the first i that is asked for."""
 
-    def __init__(self, clips: clips_lib.Clips, data: DataConfig, *, seed: int):
+    def __init__(self, clips: clips_lib.Clips, data: DataConfig, *, seed: int, first: int = 0):
         self.clips = clips
         self.data = data
         self.seed = seed
         self.read, self.left = clips.stored, data  # and what `cut` has left to do
+        self.readers: concurrent.futures.ProcessPoolExecutor | None = None
         if data.cache:
-            self.kept: dict[int, clips_lib.Clip] = {}
-            self.readers = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="reader")
-            self.read = lambda number: self.kept.get(number) or self.kept.setdefault(number, self._whole(number))
             self.left = data if data.region_jitter else dataclasses.replace(data, driver_mask=False)
+            self.read = functools.cache(functools.partial(_to_keep, clips, data))
+        if data.cache and data.workers:  # all are read now, in the order in which they are asked for
+            epoch, position = divmod(first, len(clips))
+            numbers = np.roll(_order(seed, epoch, len(clips)), -position).tolist()
+            spawn = multiprocessing.get_context("spawn")
+            self.readers = concurrent.futures.ProcessPoolExecutor(data.workers, mp_context=spawn, initializer=_begin_reading, initargs=(clips, data))
+            coming = {number: self.readers.submit(_read_to_keep, number) for number in numbers}
+            self.read = lambda number: coming[number].result()
 
-    def _whole(self, number: int) -> clips_lib.Clip:
-        """A record to keep: all of its frames, and, unless regions jitter, as the model sees them, at its size and masked."""
-        clip = self.clips[number]
-        _check_clip(clip, self.data)
-        if self.data.region_jitter:
-            return clip
-        return clip._replace(target=_resize(clip.target, self.data.size), driver=_driving(clip.driver, clip.driver_landmarks, self.data))
-
-    def _number(self, index: int) -> int:
-        """The record that sample `index` is cut from, if it is a good one."""
-        epoch, position = divmod(index, len(self.clips))
-        return int(_order(self.seed, epoch, len(self.clips))[position])
-
-    def keep(self, indices: Sequence[int]) -> None:
-        """Reads what these samples are cut from and is not kept yet, on all cores at once. What is wrong with a record is for the sample to find."""
-
-        def read(number: int) -> None:
-            with contextlib.suppress(video.MediaError, ConfigError):
-                self.read(number)
-
-        list(self.readers.map(read, {number for index in indices if (number := self._number(index)) not in self.kept}))
+    def close(self) -> None:
+        """Ends what is still being read."""
+        if self.readers:
+            self.readers.shutdown(wait=False, cancel_futures=True)
 
     def __call__(self, index: int) -> tuple[Batch, list[LeftOut]]:
-        number = self._number(index)
+        epoch, position = divmod(index, len(self.clips))
+        number = int(_order(self.seed, epoch, len(self.clips))[position])
         left_out: list[LeftOut] = []
         others: np.random.Generator | None = None  # records in place of bad ones
         while len(left_out) < ATTEMPTS:
@@ -209,6 +198,31 @@ class Samples:
                 left_out.append(LeftOut(number, str(error), corrupt=isinstance(error, video.MediaError)))
                 number = int(others.integers(len(self.clips)))
         raise _unusable(f"sample {index}: {ATTEMPTS} records of {self.clips.path} in a row cannot be used", left_out[-1])
+
+
+def _to_keep(clips: clips_lib.Clips, data: DataConfig, number: int) -> clips_lib.Clip:
+    """A record with all of its frames and, unless regions jitter, as the model sees it: at its size, the driver masked."""
+    clip = clips[number]
+    _check_clip(clip, data)
+    if data.region_jitter:
+        return clip
+    return clip._replace(target=_resize(clip.target, data.size), driver=_driving(clip.driver, clip.driver_landmarks, data))
+
+
+_reading: tuple[clips_lib.Clips, DataConfig] | None = None  # in a process that reads for another one
+
+
+def _begin_reading(clips: clips_lib.Clips, data: DataConfig) -> None:
+    global _reading
+    _reading = clips, data
+    for number in signal.SIGINT, signal.SIGTERM:  # for the process that trains to answer
+        signal.signal(number, signal.SIG_IGN)
+    cv2.setNumThreads(1)  # there are processes enough
+    _end_with_parent()
+
+
+def _read_to_keep(number: int) -> clips_lib.Clip:
+    return _to_keep(*_reading, number)
 
 
 def cut(clip: clips_lib.Clip, data: DataConfig, *, rng: np.random.Generator) -> Batch:
