@@ -115,7 +115,7 @@ def run(config: Config, workdir: files.Place, told: processes.Told) -> int:
         return stop
 
     bar = tqdm(total=train.steps, initial=start, unit="step", dynamic_ncols=True, disable=not writer)
-    with bar:
+    with bar, contextlib.closing(batches):
         for done in range(start + 1, end + 1):
             asked = time.perf_counter()
             batch = Batch(*(layout.place(part, rows, train.batch) for part in next(batches)))
@@ -152,7 +152,6 @@ def run(config: Config, workdir: files.Place, told: processes.Told) -> int:
         steps.finish(checkpoints)
         processes.wait_for_all()  # the last picture may take minutes
     checkpoints.close()
-    batches.close()
     journal.close()
     if writer:
         print(f"step {done}: {workdir}")

@@ -50,10 +50,14 @@ def read_kernels(path: pathlib.Path) -> tuple[list[Kernel], float]:
     spent = collections.defaultdict(list)
     for event in events:
         spent[event.name].append(event.duration_ns / 1e6)
-    kind = lambda name: next((kind for kind, pattern in KINDS.items() if pattern.search(name)), "fusions")
-    kernels = [Kernel(name, kind(name), len(taken), sum(taken)) for name, taken in spent.items()]
+    kernels = [Kernel(name, kind_of(name), len(taken), sum(taken)) for name, taken in spent.items()]
     span = max(event.start_ns + event.duration_ns for event in events) - min(event.start_ns for event in events) if events else 0
     return sorted(kernels, key=lambda kernel: -kernel.milliseconds), span / 1e6
+
+
+def kind_of(name: str) -> str:
+    """Of a kernel with this name."""
+    return next((kind for kind, pattern in KINDS.items() if pattern.search(name)), "fusions")
 
 
 def by_kind(kernels: list[Kernel]) -> dict[str, float]:

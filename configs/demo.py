@@ -3,7 +3,7 @@
 Data      python -m svdp_jax.data.synthetic --output data/rendered --pairs 4800 --validation-pairs 64
 Command   python train.py --config configs/demo_frames.py --workdir runs/frames --model.dtype bfloat16
           python train.py --config configs/demo.py --workdir runs/demo --train.init-from runs/frames --model.dtype bfloat16
-Hardware  one H200, of which 14 GB are used; 16 cores for the data
+Hardware  one H200, of which 14 GB are used; 16 cores for the data, and 12 GB of memory
 Time      data 2.6 min; 0.035 s a step of single frames, 0.043 s of clips: 2.4 min and 1.1 min, and as much again to start
 Result    svdp_jax/assets/demo/README.md
 

@@ -1,4 +1,4 @@
-"""The demo's first part: single frames, which teach drawing and the driver's pose at a sixteenth of a clip's cost. `demo.py` has the commands."""
+"""The demo's first part: single frames, which teach drawing and the driver's pose at a twentieth of a clip's cost. `demo.py` has the commands."""
 
 import dataclasses
 import pathlib

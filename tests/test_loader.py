@@ -312,7 +312,8 @@ from svdp_jax.config import DataConfig
 from svdp_jax.data import loader
 
 if __name__ == "__main__":
-    stream = loader.batches(DataConfig(path=sys.argv[1], size=32, frames=4, history=1, workers=2), split="train", seed=0, batch=2)
+    config = DataConfig(path=sys.argv[1], size=32, frames=4, history=1, workers=2, cache=bool(sys.argv[2:]))
+    stream = loader.batches(config, split="train", seed=0, batch=2)
     next(stream)
     signal.signal(signal.SIGTERM, lambda *_: None)
     os.killpg(0, signal.SIGTERM)
@@ -323,11 +324,12 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_end_with_their_process_and_not_before(data, tmp_path):
+@pytest.mark.parametrize("flags", [[], ["cache"]])
+def test_workers_end_with_their_process_and_not_before(data, tmp_path, flags):
     """A signal to the whole group, as Slurm sends it, is for the process that trains to answer."""
     (tmp_path / "script.py").write_text(WORKERS)
     variables = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, tmp_path / "script.py", data.path], capture_output=True, text=True, env=variables, start_new_session=True)
+    done = subprocess.run([sys.executable, tmp_path / "script.py", data.path, *flags], capture_output=True, text=True, env=variables, start_new_session=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     workers = [pathlib.Path("/proc", number, "stat") for number in done.stdout.split()]
     assert len(workers) == 2

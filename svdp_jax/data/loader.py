@@ -69,7 +69,7 @@ def batches(
     """Batches of `split` from sample `start_sample` on, without end; epochs follow each other, each in its own order.
 
     `batch` counts the samples of a step over all processes, of which this one gets `rows` (all, if not given). `threads` threads decode ahead, or `data.workers` processes if
-    there are any, with `data.cache` before all else (then the caller's script needs `if __name__ == "__main__"`). `close()` ends them.
+    there are any; with `data.cache` these read every clip once, ahead of use (then the caller's script needs `if __name__ == "__main__"`). `close()` ends them.
 
     No dataset, or one that does not suit `data`: ConfigError, before any batch."""
     if not data.path:
@@ -77,7 +77,7 @@ def batches(
     clips = clips_lib.open_clips(data.path, split=split)
     _check_first(clips, data)
     rows = range(batch) if rows is None else rows
-    make = Samples(clips, data, seed=seed, first=start_sample)
+    make = Samples(clips, data, seed=seed)
 
     def at_step(step: int) -> tuple[Batch, list[LeftOut]]:
         samples, left_out = zip(*(make(start_sample + step * batch + row) for row in rows), strict=True)
@@ -92,21 +92,21 @@ def batches(
             flags.FLAGS.mark_as_parsed()  # grain reads absl's flags, which only absl's own main would have parsed
         ahead = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2), worker_init_fn=_end_with_parent)
-    stream = _stream(iter(ahead), make, limit=data.corrupt_limit, workers=workers)
+    stream = _stream(ahead, make, first=start_sample, limit=data.corrupt_limit, workers=workers)
     atexit.register(_close, weakref.ref(stream))
     return stream
 
 
-def _stream(iterator: grain.DatasetIterator, make: Samples, *, limit: float, workers: int) -> Generator[Batch, None, None]:
+def _stream(ahead: grain.IterDataset, make: Samples, *, first: int, limit: float, workers: int) -> Generator[Batch, None, None]:
     """The batches alone. Those of `workers` lie in their worker's memory, which ends with it: they are copied."""
     clips = make.clips
     bad: set[int] = set()  # kept here and not where records are read, so that it is the same for any number of workers
-    try:
-        first = []
+    with make.reading(first), contextlib.closing(iter(ahead)) as iterator:
+        begun = []
         if workers:
             with _deaf():  # each begins when it is first asked
-                first = [next(iterator) for _ in range(workers)]
-        for batch, left_out in itertools.chain(first, iterator):
+                begun = [next(iterator) for _ in range(workers)]
+        for batch, left_out in itertools.chain(begun, iterator):
             for record in left_out:
                 if record.number not in bad:
                     bad.add(record.number)
@@ -115,9 +115,6 @@ def _stream(iterator: grain.DatasetIterator, make: Samples, *, limit: float, wor
             if len(bad) > limit * len(clips):
                 raise _unusable(f"{len(bad)} of {len(clips)} records of {clips.path} cannot be used, more than data.corrupt_limit={limit:g} allows", record)
             yield Batch(*map(np.array, batch)) if workers else batch
-    finally:
-        make.close()
-        iterator.close()
 
 
 def _unusable(what: str, last: LeftOut) -> video.MediaError | ConfigError:
@@ -158,29 +155,34 @@ def _close(stream: weakref.ref[Generator[Batch, None, None]]) -> None:
 
 
 class Samples:
-    """Sample i of training with `seed`, as a Batch without its first axis, and the records left out on the way. `first` is the first i that is asked for."""
+    """Sample i of training with `seed`, as a Batch without its first axis, and the records left out on the way."""
 
-    def __init__(self, clips: clips_lib.Clips, data: DataConfig, *, seed: int, first: int = 0):
+    def __init__(self, clips: clips_lib.Clips, data: DataConfig, *, seed: int):
         self.clips = clips
         self.data = data
         self.seed = seed
         self.read, self.left = clips.stored, data  # and what `cut` has left to do
-        self.readers: concurrent.futures.ProcessPoolExecutor | None = None
         if data.cache:
             self.left = data if data.region_jitter else dataclasses.replace(data, driver_mask=False)
             self.read = functools.cache(functools.partial(_to_keep, clips, data))
-        if data.cache and data.workers:  # all are read now, in the order in which they are asked for
-            epoch, position = divmod(first, len(clips))
-            numbers = np.roll(_order(seed, epoch, len(clips)), -position).tolist()
-            spawn = multiprocessing.get_context("spawn")
-            self.readers = concurrent.futures.ProcessPoolExecutor(data.workers, mp_context=spawn, initializer=_begin_reading, initargs=(clips, data))
-            coming = {number: self.readers.submit(_read_to_keep, number) for number in numbers}
-            self.read = lambda number: coming[number].result()
 
-    def close(self) -> None:
-        """Ends what is still being read."""
-        if self.readers:
-            self.readers.shutdown(wait=False, cancel_futures=True)
+    @contextlib.contextmanager
+    def reading(self, first: int) -> Iterator[None]:
+        """Inside, where there are processes to read what is kept, they do, beginning with the records of sample `first`. Leaving ends them."""
+        if not (self.data.cache and self.data.workers):
+            yield
+            return
+        epoch, position = divmod(first, len(self.clips))
+        numbers = np.roll(_order(self.seed, epoch, len(self.clips)), -position).tolist()
+        spawn = multiprocessing.get_context("spawn")
+        readers = concurrent.futures.ProcessPoolExecutor(self.data.workers, mp_context=spawn, initializer=_begin_reading, initargs=(self.clips, self.data))
+        try:
+            with _deaf():
+                coming = {number: readers.submit(_read_to_keep, number) for number in numbers}
+            self.read = lambda number: coming[number].result()
+            yield
+        finally:
+            readers.shutdown(wait=False, cancel_futures=True)
 
     def __call__(self, index: int) -> tuple[Batch, list[LeftOut]]:
         epoch, position = divmod(index, len(self.clips))
@@ -215,8 +217,6 @@ _reading: tuple[clips_lib.Clips, DataConfig] | None = None  # in a process that 
 def _begin_reading(clips: clips_lib.Clips, data: DataConfig) -> None:
     global _reading
     _reading = clips, data
-    for number in signal.SIGINT, signal.SIGTERM:  # for the process that trains to answer
-        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(1)  # there are processes enough
     _end_with_parent()
 
