@@ -91,7 +91,7 @@ def batches(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain reads absl's flags, which only absl's own main would have parsed
         ahead = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-        ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2), worker_init_fn=_end_with_parent)
+        ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2), worker_init_fn=functools.partial(_end_with_parent, os.getpid()))
     stream = _stream(ahead, make, first=start_sample, limit=data.corrupt_limit, workers=workers)
     atexit.register(_close, weakref.ref(stream))
     return stream
@@ -136,9 +136,8 @@ def _deaf() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _end_with_parent(*_) -> None:
-    """In a worker: it goes when its parent is gone, which SIGKILL may have taken."""
-    parent = os.getppid()
+def _end_with_parent(parent: int, *_) -> None:
+    """In a worker: it goes when its parent, a process of this number, is gone, which SIGKILL may have taken, and be it before the worker was ready."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -175,7 +174,7 @@ class Samples:
         epoch, position = divmod(first, len(self.clips))
         numbers = np.roll(_order(self.seed, epoch, len(self.clips)), -position).tolist()
         spawn = multiprocessing.get_context("spawn")
-        readers = concurrent.futures.ProcessPoolExecutor(self.data.workers, mp_context=spawn, initializer=_begin_reading, initargs=(self.clips, self.data))
+        readers = concurrent.futures.ProcessPoolExecutor(self.data.workers, mp_context=spawn, initializer=_begin_reading, initargs=(self.clips, self.data, os.getpid()))
         try:
             with _deaf():
                 coming = {number: readers.submit(_read_to_keep, number) for number in numbers}
@@ -214,11 +213,11 @@ def _to_keep(clips: clips_lib.Clips, data: DataConfig, number: int) -> clips_lib
 _reading: tuple[clips_lib.Clips, DataConfig] | None = None  # in a process that reads for another one
 
 
-def _begin_reading(clips: clips_lib.Clips, data: DataConfig) -> None:
+def _begin_reading(clips: clips_lib.Clips, data: DataConfig, parent: int) -> None:
     global _reading
     _reading = clips, data
     cv2.setNumThreads(1)  # there are processes enough
-    _end_with_parent()
+    _end_with_parent(parent)
 
 
 def _read_to_keep(number: int) -> clips_lib.Clip:
