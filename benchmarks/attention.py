@@ -35,6 +35,7 @@ os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.5")  # PyTorch takes its sha
 import jax
 import jax.numpy as jnp
 import numpy as np
+from progress import progress
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
@@ -230,7 +231,7 @@ def main() -> None:
     parser.add_argument("--size", choices=["full", "small"], default="full")
     parser.add_argument("--rounds", type=int, default=7)
     flags = parser.parse_args()
-    begun, full = time.perf_counter(), flags.size == "full"
+    full = flags.size == "full"
     shapes, (heads, size) = (FULL, (24, 64)) if full else (SMALL, (2, 64))
     attend = cases(shapes, heads, size)
     everything = attend + (products(TOKENS, WIDTH, 8192) if full else products(300, 64, 256))
@@ -238,13 +239,13 @@ def main() -> None:
     wanted = {case.shape: np.asarray(jax.jit(expected)(*case.inputs)) for case in attend if case.kernel == "cudnn"}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         calls = list(pool.map(compiled, everything))
-    print(f"{time.perf_counter() - begun:7.1f} s  compiled", file=sys.stderr, flush=True)
+    progress("compiled")
     rows = pytorch_rows(shapes, heads, size)
     print("\n".join(map(shown, rows)), flush=True)
     for case, call in zip(everything, calls, strict=True):
         rows.append(measure(case, call, wanted.get(case.shape), flags.rounds))
         print(shown(rows[-1]), flush=True)
-    print(f"{time.perf_counter() - begun:7.1f} s  measured", file=sys.stderr, flush=True)
+    progress("measured")
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
     about = {"device": jax.devices()[0].device_kind, "size": flags.size, "versions": versions, "date": datetime.date.today().isoformat()}
     print(json.dumps({"rows": rows} | about))

@@ -6,8 +6,8 @@
 Needs jax, flax, optax and einops (and torch, for --against-pytorch). TFLOP are of the model (`models/flops.py`). Components are timed by themselves, on the
 shapes that pass p gives them; "rest" is what the pass takes beyond their sum: norms, modulation, and what XLA does between. All programs are compiled
 first, several at a time, while nothing runs on the device but the compiler's own trials. Then everything is timed in turn, round after round and there and back, so that
-a machine whose speed drifts is as fast for all of it; figures are medians over the rounds. Prints tables and, last, one line of JSON. Where JAX and
-PyTorch share a GPU, JAX takes half of its memory, unless XLA_CLIENT_MEM_FRACTION says otherwise.
+a machine whose speed drifts is as fast for all of it; figures are medians over the rounds. Prints tables and, last, one line of JSON; with --trace also
+before it. Where JAX and PyTorch share a GPU, JAX takes half of its memory, unless XLA_CLIENT_MEM_FRACTION says otherwise.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ import jax
 import jax.numpy as jnp
 import kernels
 import numpy as np
+from progress import progress
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from svdp_jax import flow, pipeline, sampler  # noqa: E402
-from svdp_jax.config import Config, ModelConfig, load_config  # noqa: E402
+from svdp_jax.config import Config, load_config  # noqa: E402
 from svdp_jax.models import flops, tokens  # noqa: E402
 from svdp_jax.models.attention import attention  # noqa: E402
 from svdp_jax.models.layers import COMPILER  # noqa: E402
@@ -48,12 +49,6 @@ from svdp_jax.types import Conditions, Constants  # noqa: E402
 
 PASSES = "usdp"
 GUIDANCE = (2.0, 2.5, 1.0)
-BEGUN = time.perf_counter()
-
-
-def progress(done: str) -> None:
-    print(f"{time.perf_counter() - BEGUN:7.1f} s  {done}", file=sys.stderr, flush=True)
-
 
 class Window(NamedTuple):
     """What a step works on."""
@@ -130,8 +125,9 @@ def product_of(side: int, dtype: str) -> Callable[[], jax.Array]:
     return functools.partial(jax.jit(jnp.matmul).lower(square, square).compile(), square, square)
 
 
-def components(model: ModelConfig, frames: int, past: int, count: int) -> dict[str, tuple[Callable, list[tuple[tuple[int, ...], ...]], int]]:
-    """Of pass p, with frames of `count` tokens: name -> (function, shapes of its arguments, how often), one entry for each shape of the image streams and of history."""
+def components(config: Config) -> dict[str, list[tuple[Callable, tuple[tuple[int, ...], ...], int]]]:
+    """Of pass p: name -> (function, shapes of its arguments, how often), one entry for each shape of the image streams and of history."""
+    model, frames, past, count = config.model, config.data.frames, config.data.history, config.grid**2
     words, width, hidden = model.text_tokens, model.width, model.mlp_ratio * model.width
     kinds = dict(layer_groups(model))
     updated = model.depth - 1 if model.history == "joint" else 0
@@ -172,8 +168,11 @@ def in_a_row(function: Callable, shapes: tuple[tuple[int, ...], ...], times: int
     return functools.partial(repeated.lower(*drawn).compile(), *drawn)
 
 
-def pytorch_calls(window: Window, levels: tuple[int, ...], coefficients: list[float], side: int, flags: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], dict]:
-    """A step, and one large product, in PyTorch, on the same device with the same weights; and which of its attention kernels the step uses, by their seconds."""
+def pytorch_calls(
+    window: Window, levels: tuple[int, ...], coefficients: list[float], shapes: dict[str, tuple], side: int, flags: argparse.Namespace
+) -> tuple[dict[str, Callable[[], Any]], dict]:
+    """A step, and one large product, in PyTorch, on the same device with the same weights; and which of its attention kernels the step uses, by their
+    seconds on `shapes`, name -> (of queries, of keys)."""
     import pytorch_reference as reference
     import torch
 
@@ -188,8 +187,6 @@ def pytorch_calls(window: Window, levels: tuple[int, ...], coefficients: list[fl
         network.compile()
     z, square = tensor(window.z), torch.randn(side, side, device=device, dtype=dtype)
     t, t_next = flow.noise_levels(1, shift=3.0).tolist()
-    parts = components(window.model.config, *window.conditions.driving.shape[1:2], window.conditions.history.shape[1], window.constants.positions.shape[1])
-    shapes = {name: parts[name][0][1][:2] for name in ("temporal attention", "joint attention")}
     attention_seconds = {name: reference.attention_seconds(*shape, dtype=dtype, device=device) for name, shape in shapes.items()}
     taken_by_all = set.intersection(*map(set, attention_seconds.values()))
     total = {kernel: sum(seconds[kernel] for seconds in attention_seconds.values()) for kernel in taken_by_all}
@@ -231,7 +228,7 @@ def main() -> None:
     side = 1024 if on_cpu else 8192
     first = sampler.guided_passes(GUIDANCE, with_history=False)
     without = window._replace(conditions=window.conditions._replace(history=None))
-    parts = components(config.model, config.data.frames, config.data.history, config.grid**2)
+    parts = components(config)
     progress("weights drawn")
     calls, compile_seconds = in_threads({
         "step": functools.partial(step_of, window, levels, coefficients, steps=1),
@@ -245,7 +242,8 @@ def main() -> None:
     assert np.isfinite(result_of_step).all(), "the result is not finite"
     progress("first step")
     if flags.against_pytorch:
-        theirs, pytorch_attention = pytorch_calls(window, levels, coefficients, side, flags)
+        attended = {name: parts[name][0][1][:2] for name in ("temporal attention", "joint attention")}
+        theirs, pytorch_attention = pytorch_calls(window, levels, coefficients, attended, side, flags)
         by_kernel = lambda seconds: ", ".join(f"{kernel} {1e3 * taken:.2f}" for kernel, taken in seconds.items())
         attention_line = f"{pytorch_attention['used']}; ms: " + "; ".join(f"{name} {by_kernel(seconds)}" for name, seconds in pytorch_attention["seconds"].items())
         progress(f"PyTorch's attention kernels: {attention_line}")
@@ -303,7 +301,7 @@ def main() -> None:
         print(f"   PyTorch: {result['pytorch_seconds']:.3f} s, a product {result['pytorch_matrix_peak_tflops']:.2f} TFLOP/s; apart by {result['pytorch_apart']:.1e}")
         print(f"            its attention kernels: {attention_line}")
         print(f"            ours is {ratio:.2f} times as fast (quarters of the rounds: {low:.2f}, {high:.2f})")
-    print(json.dumps(result), flush=True)  # of what the trace, if it takes too long, would take along
+    print(json.dumps(result), flush=True)  # before the trace, which may be cut short
     if flags.trace:
         found, span = kernels.read_kernels(kernels.traced(calls["step"], flags.trace, "step"))
         print(kernels.table(found, span), flush=True)

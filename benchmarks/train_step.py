@@ -27,6 +27,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from progress import progress
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
@@ -37,12 +38,6 @@ from svdp_jax.models.autoencoder import make_autoencoder  # noqa: E402
 from svdp_jax.models.tokens import position_table  # noqa: E402
 from svdp_jax.peaks import peak_memory, peak_tflops  # noqa: E402
 from svdp_jax.types import Batch, Frozen  # noqa: E402
-
-BEGUN = time.perf_counter()
-
-
-def progress(done: str) -> None:
-    print(f"{time.perf_counter() - BEGUN:7.1f} s  {done}", file=sys.stderr, flush=True)
 
 
 def make_config(flags: argparse.Namespace) -> Config:

@@ -160,9 +160,9 @@ class Samples:
         self.clips = clips
         self.data = data
         self.seed = seed
-        self.read, self.left = clips.stored, data  # and what `cut` has left to do
+        self.read, self.cut_data = clips.stored, data
         if data.cache:
-            self.left = data if data.region_jitter else dataclasses.replace(data, driver_mask=False)
+            self.cut_data = data if data.region_jitter else dataclasses.replace(data, driver_mask=False)  # what is kept is masked already
             self.read = functools.cache(functools.partial(_to_keep, clips, data))
 
     @contextlib.contextmanager
@@ -193,7 +193,7 @@ class Samples:
                 clip = self.read(number)
                 _check_clip(clip, self.data)
                 # The window is drawn from a generator of its own, so that it does not depend on what was left out before.
-                return cut(clip, self.left, rng=np.random.default_rng((self.seed, 2, index))), left_out
+                return cut(clip, self.cut_data, rng=np.random.default_rng((self.seed, 2, index))), left_out
             except (video.MediaError, ConfigError) as error:
                 others = others or np.random.default_rng((self.seed, 1, index))
                 left_out.append(LeftOut(number, str(error), corrupt=isinstance(error, video.MediaError)))
