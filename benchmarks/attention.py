@@ -3,7 +3,8 @@
     python benchmarks/attention.py                  a GPU; PyTorch's kernels too where torch is installed
     python benchmarks/attention.py --size small     a CPU can do this one, and says of each GPU kernel that it cannot
 
-    cudnn             what `svdp_jax.models.attention` takes on NVIDIA's GPUs
+    hopper            what `svdp_jax.models.attention` takes on an H100 or H200 for sampling, where scores are known to be bounded; "unbounded": where they are not
+    cudnn             what it takes for training, and on other GPUs of NVIDIA's
     mosaic QxKxS      JAX's Pallas kernel for Hopper (`pallas.ops.gpu.attention_mgpu`), in blocks of Q and K with S steps in flight. It wants whole blocks
                       and has no mask: sequences are padded with zeros, whose share of the softmax's denominator, exp(0) each, is taken out again behind it
     triton QxKxW      JAX's Pallas kernel through Triton (`pallas.ops.gpu.attention`), with W warps; padding is masked by segment
@@ -61,12 +62,8 @@ class Case(NamedTuple):
     work: float
 
 
-def cudnn(q, k, v):
-    return attention(q[None], k[None], v[None], backend="cudnn")[0]
-
-
-def chunked(q, k, v):
-    return attention(q[None], k[None], v[None], backend="chunked")[0]
+def ours(q, k, v, *, backend: str, bound: float | None = None):
+    return attention(q[None], k[None], v[None], bound=None if bound is None else jnp.float32(bound), backend=backend)[0]
 
 
 def mosaic(q, k, v, *, block_q: int, block_k: int, steps: int):
@@ -112,8 +109,11 @@ def _padded(x, multiple: int):
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)))
 
 
+CUDNN, CHUNKED = functools.partial(ours, backend="cudnn"), functools.partial(ours, backend="chunked")
 KERNELS = {
-    "cudnn": cudnn,
+    "cudnn": CUDNN,
+    "hopper": functools.partial(ours, backend="hopper", bound=8.0),
+    "hopper, unbounded": functools.partial(ours, backend="hopper"),
     **{f"mosaic {q}x{k}x{steps}": functools.partial(mosaic, block_q=q, block_k=k, steps=steps) for q, k, steps in MOSAIC},
     **{f"triton {q}x{k}x{warps}": functools.partial(triton, block_q=q, block_k=k, warps=warps) for q, k, warps in TRITON},
 }
@@ -128,7 +128,7 @@ def expected(q, k, v):
 
 def backward(q, k, v):
     """Output and gradients."""
-    out, gradients = jax.vjp(cudnn, q, k, v)
+    out, gradients = jax.vjp(CUDNN, q, k, v)
     return out, gradients(q)
 
 
@@ -139,7 +139,7 @@ def cases(shapes: dict[str, tuple[int, int, int]], heads: int, size: int) -> lis
         inputs, work = (draw(0, queries), draw(1, keys), draw(2, keys)), 4.0 * groups * queries * keys * heads * size
         found += [Case(shape, name, function, inputs, work) for name, function in KERNELS.items()]
         if jax.default_backend() == "cpu":
-            found.append(Case(shape, "chunked", chunked, inputs, work))
+            found.append(Case(shape, "chunked", CHUNKED, inputs, work))
         if shape in BACKWARD:
             found.append(Case(shape, "cudnn, and back", backward, inputs, 3.5 * work))
     return found
@@ -230,12 +230,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--size", choices=["full", "small"], default="full")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--kernels", default="", help="only kernels with one of these, parted by commas, in their names; no products")
     flags = parser.parse_args()
     full = flags.size == "full"
     shapes, (heads, size) = (FULL, (24, 64)) if full else (SMALL, (2, 64))
     attend = cases(shapes, heads, size)
     everything = attend + (products(TOKENS, WIDTH, 8192) if full else products(300, 64, 256))
-    everything.sort(key=lambda case: case.kernel.startswith(("mosaic", "triton")))  # last: should one of them hang, the rest is there
+    if asked := [part for part in flags.kernels.split(",") if part]:
+        everything = [case for case in attend if any(part in case.kernel for part in asked)]
+    everything.sort(key=lambda case: case.kernel.startswith(("hopper", "mosaic", "triton")))  # last: should one of them hang, the rest is there
     wanted = {case.shape: np.asarray(jax.jit(expected)(*case.inputs)) for case in attend if case.kernel == "cudnn"}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         calls = list(pool.map(compiled, everything))

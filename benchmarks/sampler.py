@@ -132,7 +132,7 @@ def components(config: Config) -> dict[str, list[tuple[Callable, tuple[tuple[int
     kinds = dict(layer_groups(model))
     updated = model.depth - 1 if model.history == "joint" else 0
     heads = lambda groups, length: (1, groups, length, model.heads, model.head_size)
-    attend = lambda q, k, v: attention(q, k, v)
+    attend = lambda q, k, v: attention(q, k, v, bound=jnp.float32(model.head_size**0.5))  # as the norms', before they are trained
     project = lambda x, into, into_bias, out, out_bias: (x @ into + into_bias)[:, :width] @ out + out_bias
     square = (width, 3 * width), (3 * width,), (width, width), (width,)
     found = {}

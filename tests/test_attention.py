@@ -18,6 +18,7 @@ from svdp_jax.models.attention import attention, choose_backend
 BACKENDS = ["plain", "chunked", "pallas"]
 needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs an NVIDIA GPU")
 on_gpu = [pytest.param("cudnn", lengths, marks=needs_gpu) for lengths in (None, (1, 20))]
+needs_hopper = pytest.mark.skipif(getattr(jax.devices()[0], "compute_capability", "") != "9.0", reason="needs an H100 or H200")
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +120,42 @@ def test_bfloat16_loses_no_more_than_its_roundings(backend, lengths):
         assert np.linalg.norm(np.asarray(got, np.float64) - want) <= 2 * 2**-8 * np.linalg.norm(want)
 
 
+@needs_hopper
+@pytest.mark.parametrize("queries, keys, lengths", [(17, 23, None), (192, 128, None), (500, 1300, None), (193, 129, (1, 129)), (200, 515, (384, 130))])
+@pytest.mark.parametrize("bound", [None, 59.0, 61.0])
+def test_hopper_is_softmax_attention(queries, keys, lengths, bound):
+    """To the roundings of weights, of the result, and of the queries, which it scales: 2^-9 each. Its gradients are cuDNN's."""
+    q, k, v, cotangent = inputs(queries=queries, keys=keys, head_size=64, dtype=jnp.bfloat16)
+    lengths = None if lengths is None else jnp.array(lengths)
+    attend = lambda *qkv: attention(*qkv, lengths, bound=None if bound is None else jnp.float32(bound), backend="hopper")
+    want, *gradients = expected(q, k, v, cotangent, lengths)
+    got = np.asarray(jax.jit(attend)(q, k, v), np.float64)
+    assert np.linalg.norm(got - want) <= 2**-8 * np.linalg.norm(want)
+    for one, other in zip(jax.jit(lambda *qkv: jax.vjp(attend, *qkv)[1](cotangent))(q, k, v), gradients, strict=True):
+        assert np.linalg.norm(np.asarray(one, np.float64) - other) <= 2 * 2**-8 * np.linalg.norm(other)
+
+
+@needs_hopper
+@pytest.mark.parametrize("sign", [1, -1])
+def test_hopper_without_a_running_maximum_takes_scores_as_large_as_its_bound(sign):
+    """Rows whose scores are all near 60, or all near -60, and one in which they are both."""
+    direction = jnp.zeros(64).at[0].set(1.0)
+    spread = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 1, 300, 1, 64)), jnp.float32).at[..., 0].set(0)
+    q = (sign * 21.9 * direction + 0.2 * spread[0]).astype(jnp.bfloat16)
+    k = (21.9 * direction + spread[1]).at[:, :, 0].multiply(-1.0).astype(jnp.bfloat16)
+    v = inputs(queries=1, keys=300, batch=1, groups=1, heads=1, head_size=64, dtype=jnp.bfloat16)[2]
+    want = expected(q, k, v, jnp.zeros_like(q))[0]
+    for bound in (60.0, None):
+        got = np.asarray(attention(q, k, v, bound=None if bound is None else jnp.float32(bound), backend="hopper"), np.float64)
+        assert np.linalg.norm(got - want) <= 0.05 * np.linalg.norm(want)  # a rounding of scores of 60 is a tenth
+
+
+@needs_hopper
+def test_hopper_takes_scores_beyond_all_bounds():
+    q, k, v, _ = inputs(queries=200, keys=300, head_size=64, dtype=jnp.bfloat16)
+    assert np.all(np.isfinite(attention(1e4 * q, 1e4 * k, v, bound=jnp.float32(np.inf), backend="hopper")))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_scores_stay_finite(backend):
     q, k, v, cotangent = inputs()
@@ -150,6 +187,11 @@ def test_chunked_sums_gradients_over_query_chunks_in_float32(monkeypatch):
     "platform, q_shape, keys, dtype, backend",
     [
         ("cuda", (1, 16, 4042, 24, 64), 4042, jnp.bfloat16, "cudnn"),
+        ("hopper", (1, 16, 4042, 24, 64), 4042, jnp.bfloat16, "hopper"),
+        ("hopper", (1, 16, 4042, 24, 64), 4042, jnp.float16, "cudnn"),  # whose exponents are too few
+        ("hopper", (1, 16, 4042, 12, 128), 4042, jnp.bfloat16, "cudnn"),
+        ("hopper", (1, 16, 4042, 24, 64), 4042, jnp.float32, "chunked"),
+        ("hopper", (1, 1296, 19, 24, 64), 19, jnp.bfloat16, "plain"),
         ("gpu", (1, 16, 4042, 24, 64), 4042, jnp.bfloat16, "chunked"),  # one without cuDNN's attention
         ("cuda", (1, 1, 24624, 24, 64), 24624, jnp.float16, "cudnn"),
         ("cuda", (1, 16, 4041, 24, 64), 4041, jnp.bfloat16, "cudnn"),  # odd: padded by the backend
@@ -170,8 +212,8 @@ def test_choose_backend(monkeypatch, platform, q_shape, keys, dtype, backend):
     assert choose_backend(platform, q_shape, (*q_shape[:2], keys, *q_shape[3:]), dtype) == backend
 
 
-@pytest.mark.parametrize(("capability", "platform"), [("9.0", "cuda"), ("10.0", "cuda"), ("7.5", "gpu"), ("gfx90a", "gpu")])
-def test_only_gpus_with_its_kernels_have_cudnn(monkeypatch, capability, platform):
+@pytest.mark.parametrize(("capability", "platform"), [("8.6", "cuda"), ("9.0", "hopper"), ("10.0", "cuda"), ("7.5", "gpu"), ("gfx90a", "gpu")])
+def test_a_gpu_is_told_by_the_kernels_it_has(monkeypatch, capability, platform):
     monkeypatch.setattr(module.jax, "devices", lambda: [types.SimpleNamespace(platform="gpu", compute_capability=capability)])
     assert module._current_platform() == platform
 
@@ -191,7 +233,9 @@ def test_refusals():
         attend(q, k, v[:, :, :5])
     with pytest.raises(ValueError, match=r"q \(2, 1, 4, 3, 8\)"):
         attend(q[:, :1], k, v)
-    with pytest.raises(ValueError, match="unknown attention backend 'flash'; choose one of auto, plain, chunked, cudnn, pallas"):
+    with pytest.raises(ValueError, match="unknown attention backend 'flash'; choose one of auto, plain, chunked, cudnn, hopper, pallas"):
         attend(q, k, v, backend="flash")
     with pytest.raises(ValueError, match="cuDNN attention wants bfloat16 or float16.*got float32 and 8"):
         attend(q, k, v, backend="cudnn")
+    with pytest.raises(ValueError, match="Hopper's attention wants bfloat16 and a head size of 64; got float32 and 8"):
+        attend(q, k, v, backend="hopper")

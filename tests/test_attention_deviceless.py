@@ -1,4 +1,4 @@
-"""cuDNN and the TPU kernel, forward and backward at full size, by their own compilers. Run as a script, it compiles one."""
+"""Kernels for GPUs and TPUs, forward and backward at full size, by their own compilers. Run as a script, it compiles one."""
 
 import pathlib
 import re
@@ -20,32 +20,36 @@ AUTOENCODER = (4, 5184, 1, 512)  # its attention, 72 x 72 latents
 @needs_cuda
 @pytest.mark.parametrize("shape", FULL_SIZE)
 def test_compiles_for_h100(shape):
-    result = run_for("cuda", pathlib.Path(__file__), *shape)
-    assert result["backend"] == ["cudnn"]
-    assert result["calls"] == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+    result = run_for("cuda", pathlib.Path(__file__), "hopper", *shape)
+    assert result["backend"] == ["hopper"]
+    assert result["forward"] == ["mosaic_gpu_v2"]
+    assert result["calls"] == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"], "where gradients are asked for"
     assert int(result["temp_bytes"][0]) < 2e9  # all scores in 16 bits: 12 GB and 29 GB
 
 
 @needs_tpu
 @pytest.mark.parametrize("shape", [*FULL_SIZE, AUTOENCODER])
 def test_compiles_for_tpu_v5p(shape):
-    result = run_for("tpu", pathlib.Path(__file__), *shape)
+    result = run_for("tpu", pathlib.Path(__file__), "tpu", *shape)
     assert result["backend"] == ["pallas"]
     assert result["calls"] == ["splash_mha_dkv", "splash_mha_dq", "splash_mha_fwd"]
     assert int(result["temp_bytes"][0]) < 4e9
 
 
-def main(platform: str, *shape: str) -> None:
+def main(platform: str, kernels: str, *shape: str) -> None:
     groups, length, heads, head_size = map(int, shape)
     on_device = SingleDeviceSharding(device_of(platform))
     x = jax.ShapeDtypeStruct((1, groups, length, heads, head_size), jnp.bfloat16, sharding=on_device)
     lengths = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=on_device)
-    backend = choose_backend(platform, x.shape, x.shape, x.dtype)
-    run = lambda q, k, v, lengths: attention(q, k, v, lengths, backend=backend).astype(jnp.float32).sum()
-    step = jax.jit(jax.value_and_grad(run, (0, 1, 2)))
-    compiled = step.trace(x, x, x, lengths).lower(lowering_platforms=(platform,)).compile()
+    backend = choose_backend(kernels, x.shape, x.shape, x.dtype)
+    attend = lambda q, k, v, lengths: attention(q, k, v, lengths, bound=jnp.float32(8), backend=backend)
+    step = jax.jit(jax.value_and_grad(lambda *inputs: attend(*inputs).astype(jnp.float32).sum(), (0, 1, 2)))
+    compile = lambda function: function.trace(x, x, x, lengths).lower(lowering_platforms=(platform,)).compile()
+    calls = lambda compiled: sorted(set(re.findall(r"__cudnn[$]\w+|splash_mha_[a-z]+|mosaic_gpu_v2", compiled.as_text())))
+    compiled = compile(step)
     print("backend", backend)
-    print("calls", *sorted(set(re.findall(r"__cudnn[$]\w+|splash_mha_[a-z]+", compiled.as_text()))))
+    print("forward", *calls(compile(jax.jit(attend))))
+    print("calls", *calls(compiled))
     print("temp_bytes", compiled.memory_analysis().temp_size_in_bytes)
 
 

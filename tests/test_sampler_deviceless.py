@@ -31,7 +31,7 @@ def test_a_window_of_576_pixels_fits_in_24_gb():
     assert 5 < beside < 6
     for program in "denoise", "encode", "decode":
         assert beside + held[f"{program}_gb"] < LIMIT_GB, (program, held)
-    assert set(result["calls"]) == {"__cublas$lt$matmul", "__cudnn$fmhaSoftmax", "BIAS_GELU"}, "GELU inside the product before it"
+    assert set(result["calls"]) == {"__cublas$lt$matmul", "mosaic_gpu_v2", "BIAS_GELU"}, "GELU inside the product before it"
 
 
 def main(platform: str) -> None:
@@ -67,5 +67,5 @@ def main(platform: str) -> None:
 
 
 if __name__ == "__main__":
-    with attention.compiling_for(sys.argv[1]):
+    with attention.compiling_for("hopper"):
         main(*sys.argv[1:])

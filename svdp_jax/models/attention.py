@@ -10,6 +10,7 @@ a gradient of exactly zero. Everything is local and pure: callers that shard wra
     plain     all scores at once, in float32: the reference, and the fastest where scores are few
     chunked   XLA alone, any device and length; a few scores at a time, recomputed in the backward pass
     cudnn     NVIDIA GPUs, 16-bit: cuDNN's flash attention
+    hopper    NVIDIA's H100 and H200, bfloat16, heads of 64: a kernel of our own (`svdp_jax.models.hopper`); where gradients are asked for, cuDNN's
     pallas    TPUs: the splash attention kernel that comes with JAX
 """
 
@@ -29,7 +30,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 ATTENTION = "attention"  # the name of what attention puts out and its backward pass looks at, for rematerialisation
-Backend = Literal["auto", "plain", "chunked", "cudnn", "pallas"]
+Backend = Literal["auto", "plain", "chunked", "cudnn", "hopper", "pallas"]
 
 # Scores (B G N Q K) up to which they stand in memory all at once. A CPU's cache holds 4 MB of float32, and a loop over
 # chunks of that size is twice as fast as one large matrix; accelerators have room for 256 MB and pay for each step.
@@ -49,6 +50,7 @@ def attention(
     v: Float[Array, "B G K N H"],
     lengths: Int[Array, " B"] | None = None,
     *,
+    bound: Float[Array, ""] | None = None,
     backend: Backend = "auto",
 ) -> Float[Array, "B G Q N H"]:
     """Attend within each group.
@@ -57,6 +59,7 @@ def attention(
         q: queries. Every row comes out finite, also those that the caller regards as dropped.
         k, v: keys and values; K may differ from Q.
         lengths: how many leading keys of each sample take part, each >= 1; None is all of them.
+        bound: what no score q k / sqrt(H) exceeds in magnitude, if that is known: "hopper" is faster where it is small. It changes no result.
         backend: "auto" asks `choose_backend` for the device JAX runs on, or that of `compiling_for`.
 
     Raises:
@@ -70,18 +73,22 @@ def attention(
         raise ValueError(f"unknown attention backend {backend!r}; choose one of {', '.join(get_args(Backend))}")
     if backend == "cudnn" and not _fits_cudnn(q.shape[-1], q.dtype):
         raise ValueError(f"cuDNN attention wants bfloat16 or float16 and a head size of 8, 16, .. 128; got {q.dtype} and {q.shape[-1]}")
+    if backend == "hopper" and not _fits_hopper(q.shape[-1], q.dtype):
+        raise ValueError(f"Hopper's attention wants bfloat16 and a head size of 64; got {q.dtype} and {q.shape[-1]}")
 
     if lengths is not None:
         # Weights of dropped keys are zero, but zero times whatever stands there need not be: select, so that it is.
         kept = _kept(k.shape[2], lengths)[:, None, :, None, None]
         k, v = jnp.where(kept, k, 0), jnp.where(kept, v, 0)
+    if backend == "hopper":
+        return _hopper(q, k, v, lengths, None if bound is None else jax.lax.stop_gradient(bound))
     attend = {"plain": _plain, "chunked": _chunked, "cudnn": _cudnn, "pallas": _pallas}[backend]
     return attend(q, k, v, lengths)
 
 
 @contextlib.contextmanager
 def compiling_for(platform: str) -> Iterator[None]:
-    """Inside, "auto" is what suits this platform, which need not be there: "cpu", "cuda", "tpu"."""
+    """Inside, "auto" is what suits this platform, which need not be there: "cpu", "cuda", "hopper", "tpu"."""
     token = _platform.set(platform)
     try:
         yield
@@ -90,11 +97,14 @@ def compiling_for(platform: str) -> Iterator[None]:
 
 
 def choose_backend(platform: str, q_shape: Sequence[int], k_shape: Sequence[int], dtype: DTypeLike) -> Backend:
-    """The backend for q [B, G, Q, N, H] and k [B, G, K, N, H] on a platform: "cpu", "cuda", "tpu", or another GPU's, for which there is no kernel here."""
+    """The backend for q [B, G, Q, N, H] and k [B, G, K, N, H] on a platform: "cpu", "cuda" (NVIDIA's since Ampere), "hopper" (its H100 and H200), "tpu",
+    or another GPU's, for which there is no kernel here."""
     batch, groups, queries, heads, head_size = q_shape
     keys = k_shape[2]
     if keys >= SHORT_KEYS:
-        if platform == "cuda" and _fits_cudnn(head_size, dtype):
+        if platform == "hopper" and _fits_hopper(head_size, dtype):
+            return "hopper"
+        if platform in ("cuda", "hopper") and _fits_cudnn(head_size, dtype):
             return "cudnn"
         if platform == "tpu":
             return "pallas"
@@ -102,12 +112,14 @@ def choose_backend(platform: str, q_shape: Sequence[int], k_shape: Sequence[int]
 
 
 def _current_platform() -> str:
-    """The platform of `compiling_for`, or of the device JAX runs on: "cuda" if that has cuDNN's attention in bfloat16, as NVIDIA's have since Ampere."""
+    """The platform of `compiling_for`, or of the device JAX runs on."""
     if platform := _platform.get():
         return platform
     device = jax.devices()[0]
     capability = re.fullmatch(r"(\d+)\.\d+", getattr(device, "compute_capability", ""))  # of AMD's: gfx90a and the like
-    return "cuda" if capability and int(capability[1]) >= 8 else device.platform
+    if capability and int(capability[1]) >= 8:
+        return "hopper" if int(capability[1]) == 9 else "cuda"
+    return device.platform
 
 
 def _at_once(platform: str) -> int:
@@ -118,6 +130,10 @@ def _at_once(platform: str) -> int:
 def _fits_cudnn(head_size: int, dtype: DTypeLike) -> bool:
     # Up to 256 on Hopper, but JAX looks for a GPU to know it and there is none when compiling without the device.
     return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and head_size <= 128 and head_size % 8 == 0
+
+
+def _fits_hopper(head_size: int, dtype: DTypeLike) -> bool:
+    return jnp.dtype(dtype) == jnp.bfloat16 and head_size == 64
 
 
 def _kept(keys: int, lengths: Int[Array, " B"]) -> Bool[Array, "B K"]:
@@ -192,6 +208,27 @@ def _cudnn(q: Array, k: Array, v: Array, lengths: Array | None) -> Array:
         implementation="cudnn",
     )
     return out.reshape(q.shape)[:, :, :queries]
+
+
+@jax.custom_vjp
+def _hopper(q: Array, k: Array, v: Array, lengths: Array | None, bound: Array | None) -> Array:
+    """Groups become batch."""
+    from svdp_jax.models import hopper  # imports fail where Pallas has no GPU support
+
+    batch, groups = q.shape[:2]
+    lengths = None if lengths is None else jnp.repeat(lengths.astype(jnp.int32), groups)
+    return hopper.attention(*(x.reshape(batch * groups, *x.shape[2:]) for x in (q, k, v)), lengths, bound).reshape(q.shape)
+
+
+def _hopper_forward(q: Array, k: Array, v: Array, lengths: Array | None, bound: Array | None):
+    return jax.vjp(lambda q, k, v: _cudnn(q, k, v, lengths), q, k, v)
+
+
+def _hopper_backward(pull, cotangent: Array):
+    return *pull(cotangent), None, None
+
+
+_hopper.defvjp(_hopper_forward, _hopper_backward)
 
 
 def _pallas(q: Array, k: Array, v: Array, lengths: Array | None) -> Array:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from svdp_jax.config import ModelConfig
 from svdp_jax.models.attention import Backend
-from svdp_jax.models.layers import MLP, QKV, Modulation, Output, layer_norm, modulate
+from svdp_jax.models.layers import MLP, QKV, Modulation, Output, layer_norm, modulate, score_bound
 from svdp_jax.models.parallel import Heads, across_frames, within_frames
 from svdp_jax.sharding import Layout
 
@@ -78,7 +78,7 @@ class TemporalBlock(nn.Module):
             return None, past
         asked, gate = heads(z, shared.c, shared.frame_code)
         factorized = config.temporal == "factorized"
-        out, past_out = across_frames(self.layout, asked, past, shared.kept_in_time, factorized=factorized, backend=self.backend)
+        out, past_out = across_frames(self.layout, asked, past, shared.kept_in_time, score_bound(qkv), factorized=factorized, backend=self.backend)
 
         z = (z + gate * output(out)).astype(z.dtype)
         if past_out is not None:
@@ -105,16 +105,19 @@ class JointBlock(nn.Module):
         text_mod = Modulation(config, chunks=2 if last else 6, layout=self.layout, name="text_modulation")(c)
 
         normed = layer_norm(image)
-        image_qkv = QKV(config, name="image_qkv")(modulate(normed, *image_mod[:2]).astype(config.dtype))
-        text_qkv = QKV(config, name="text_qkv")(modulate(layer_norm(text), *text_mod[:2]).astype(config.dtype))
-        q, k, v = (jnp.concatenate(pair, axis=2) for pair in zip(text_qkv, image_qkv, strict=True))  # [B, F, T+S, N, H]
-        out = within_frames(self.layout, image_qkv[0] if last else q, k, v, None if kept is None else kept + words, self.backend)
+        image_qkv, text_qkv = QKV(config, name="image_qkv"), QKV(config, name="text_qkv")
+        of_image = image_qkv(modulate(normed, *image_mod[:2]).astype(config.dtype))
+        of_text = text_qkv(modulate(layer_norm(text), *text_mod[:2]).astype(config.dtype))
+        q, k, v = (jnp.concatenate(pair, axis=2) for pair in zip(of_text, of_image, strict=True))  # [B, F, T+S, N, H]
+        bound = score_bound(image_qkv, text_qkv)
+        out = within_frames(self.layout, of_image[0] if last else q, k, v, None if kept is None else kept + words, bound, self.backend)
         image_out = out if last else out[:, :, words:]
 
         update = image_mod[2] * Output(config, name="image_out")(image_out)
         if self.kind == "dual":
-            q, k, v = QKV(config, name="image_qkv2")(modulate(normed, *image_mod[6:8]).astype(config.dtype))
-            update += image_mod[8] * Output(config, name="image_out2")(within_frames(self.layout, q, k, v, kept, self.backend))
+            qkv = QKV(config, name="image_qkv2")
+            q, k, v = qkv(modulate(normed, *image_mod[6:8]).astype(config.dtype))
+            update += image_mod[8] * Output(config, name="image_out2")(within_frames(self.layout, q, k, v, kept, score_bound(qkv), self.backend))
         image = _feed_forward(config, (image + update).astype(image.dtype), *image_mod[3:6], name="image_mlp")
         if not last:
             text = (text + text_mod[2] * Output(config, name="text_out")(out[:, :, :words])).astype(text.dtype)

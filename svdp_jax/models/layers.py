@@ -81,6 +81,17 @@ class QKV(nn.Module):
             v,
         )
 
+    def largest(self) -> Float[Array, "2"]:
+        """How long a query and a key can become, through their norms; once there are parameters."""
+        scales = (nn.meta.unbox(self.get_variable("params", name)) for name in ("q_norm", "k_norm"))
+        return jnp.stack([jnp.abs(scale).max() for scale in scales]) * self.config.head_size**0.5
+
+
+def score_bound(*asking: QKV) -> Float[Array, ""]:
+    """What no score q k / sqrt(H) exceeds in magnitude, where queries and keys of all these attend to each other."""
+    largest = jnp.stack([qkv.largest() for qkv in asking]).max(axis=0)
+    return largest[0] * largest[1] * asking[0].config.head_size**-0.5
+
 
 class Output(nn.Module):
     """Heads back to the width."""

@@ -225,6 +225,8 @@ class Module:
             return _convolution(result, *operands[:2], op.text)
         if "__cublas" in op.text:
             return _dot(result, operands[0], [int(n) for n in re.findall(r'"(\d+)"', re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.text)[1])])
+        if "mosaic_gpu" in op.text:  # models/hopper.py
+            return _attention(operands, backward=False, heads_last=True)
         if "fmha" in op.text:
             return _attention(operands, backward="Backward" in op.text, heads_last=True)
         if "splash_mha" in op.text or "splash_mha" in op.name:

@@ -21,6 +21,8 @@ from svdp_jax.models.transformer import abstract_inputs
 from svdp_jax.sharding import Layout
 from svdp_jax.types import Batch, Constants
 
+KERNELS = {"cuda": "hopper"}  # of the GPUs that are planned for, all H100 and H200
+
 
 class Program(NamedTuple):
     """What is to be compiled, what its arguments hold, and what is asked of it."""
@@ -41,7 +43,7 @@ def lower_train(config: Config, devices: list[jax.Device], platform: str) -> Pro
     key = _on(layout.whole, jax.eval_shape(lambda: jax.random.key(0)))
     arguments = state, _batch(config, layout), autoencoder, constants, key, votes
     step = train_state.make_step(config, layout, jax.tree.map(lambda leaf: leaf.sharding, state), with_history=with_history)
-    with compiling_for(platform):
+    with compiling_for(KERNELS.get(platform, platform)):
         lowered = step.trace(*arguments).lower(lowering_platforms=(platform,))
     parts = {"parameters": state.params, "optimizer": state.opt_state, "ema": state.ema, "batch": arguments[1], "autoencoder": autoencoder, "constants": constants}
     return Program(lowered, dict(layout.mesh.shape), _held(parts), flops.train_step(config, with_history=with_history).total)
@@ -62,7 +64,7 @@ def lower_sample(config: Config, devices: list[jax.Device], platform: str) -> Pr
     passes = sampler.guided_passes(config.sample.guidance, with_history=config.data.history > 0)
     network = train_state.make_transformer(config, layout=layout)
     array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-    with compiling_for(platform):
+    with compiling_for(KERNELS.get(platform, platform)):
         signals_of = functools.partial(sampler.signals_of, network, levels=tuple(passes))
         signals = _on(where, jax.eval_shape(signals_of, params, constants, conditions))
         number = array(dtype=jnp.int32)
