@@ -2,6 +2,7 @@
 
     python benchmarks/sampler.py --size full [--against-pytorch]        an accelerator: 576 x 576, 16 + 3 frames, Stable Diffusion 3.5 Medium
     python benchmarks/sampler.py --size small [--against-pytorch]       a CPU can do this one
+    python benchmarks/sampler.py --size full --attention cudnn --against-float32        with that kernel, and how far from float32
 
 Needs jax, flax, optax and einops (and torch, for --against-pytorch). TFLOP are of the model (`models/flops.py`). Components are timed by themselves, on the
 shapes that pass p gives them; "rest" is what the pass takes beyond their sum: norms, modulation, and what XLA does between. All programs are compiled
@@ -24,7 +25,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 if "--against-pytorch" in sys.argv:
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.5")
@@ -40,7 +41,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from svdp_jax import flow, pipeline, sampler  # noqa: E402
 from svdp_jax.config import Config, load_config  # noqa: E402
 from svdp_jax.models import flops, tokens  # noqa: E402
-from svdp_jax.models.attention import attention  # noqa: E402
+from svdp_jax.models.attention import Backend, attention  # noqa: E402
 from svdp_jax.models.layers import COMPILER  # noqa: E402
 from svdp_jax.models.tokens import position_table  # noqa: E402
 from svdp_jax.models.transformer import Transformer, abstract_inputs, layer_groups  # noqa: E402
@@ -49,6 +50,7 @@ from svdp_jax.types import Conditions, Constants  # noqa: E402
 
 PASSES = "usdp"
 GUIDANCE = (2.0, 2.5, 1.0)
+
 
 class Window(NamedTuple):
     """What a step works on."""
@@ -65,8 +67,8 @@ def make_config(flags: argparse.Namespace) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=flags.dtype, history=flags.history, prediction="velocity"))
 
 
-def make_window(config: Config) -> Window:
-    """Random weights, of which none is zero, and random latents."""
+def make_window(config: Config, backend: Backend) -> Window:
+    """Random weights, of which none is zero, and random latents; the same for every type of weights."""
     model, data = config.model, config.data
     height, width, _ = config.latent_shape
     leaves, structure = jax.tree.flatten_with_path(pipeline.abstract_weights(config, jax.devices()[0]))
@@ -83,7 +85,7 @@ def make_window(config: Config) -> Window:
     keys = iter(jax.random.split(jax.random.key(2), 99))
     z, _, conditions, constants = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape, leaf.dtype), shapes)
     constants = constants._replace(positions=tokens.shifted_crops(position_table(model), config.grid, config.grid))
-    return Window(Transformer(model), params, constants, conditions, z)
+    return Window(Transformer(model, backend), params, constants, conditions, z)
 
 
 def in_threads(makers: dict[str, Callable[[], Callable[[], Any]]]) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
@@ -125,14 +127,14 @@ def product_of(side: int, dtype: str) -> Callable[[], jax.Array]:
     return functools.partial(jax.jit(jnp.matmul).lower(square, square).compile(), square, square)
 
 
-def components(config: Config) -> dict[str, list[tuple[Callable, tuple[tuple[int, ...], ...], int]]]:
+def components(config: Config, backend: Backend) -> dict[str, list[tuple[Callable, tuple[tuple[int, ...], ...], int]]]:
     """Of pass p: name -> (function, shapes of its arguments, how often), one entry for each shape of the image streams and of history."""
     model, frames, past, count = config.model, config.data.frames, config.data.history, config.grid**2
     words, width, hidden = model.text_tokens, model.width, model.mlp_ratio * model.width
     kinds = dict(layer_groups(model))
     updated = model.depth - 1 if model.history == "joint" else 0
     heads = lambda groups, length: (1, groups, length, model.heads, model.head_size)
-    attend = lambda q, k, v: attention(q, k, v, bound=jnp.float32(model.head_size**0.5))  # as the norms', before they are trained
+    attend = lambda q, k, v: attention(q, k, v, bound=jnp.float32(model.head_size**0.5), backend=backend)  # as the norms', before they are trained
     project = lambda x, into, into_bias, out, out_bias: (x @ into + into_bias)[:, :width] @ out + out_bias
     square = (width, 3 * width), (3 * width,), (width, width), (width,)
     found = {}
@@ -166,6 +168,11 @@ def in_a_row(function: Callable, shapes: tuple[tuple[int, ...], ...], times: int
         return jax.lax.fori_loop(0, times, again, first)
 
     return functools.partial(repeated.lower(*drawn).compile(), *drawn)
+
+
+def apart(one: np.ndarray, other: np.ndarray, begun_at: jax.Array) -> float:
+    """The norm of the difference between two steps' latents, over that of what the second step changes."""
+    return float(np.linalg.norm(one - other) / np.linalg.norm(other - np.asarray(begun_at)))
 
 
 def pytorch_calls(
@@ -211,8 +218,10 @@ def main() -> None:
     parser.add_argument("--size", choices=["full", "small"], default="full")
     parser.add_argument("--history", choices=["joint", "cached"], default="joint", help="cached: keys and values of history once per window")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--attention", choices=get_args(Backend), default="auto", help="by another kernel than the device's")
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument("--against-pytorch", action="store_true", help="the same step in PyTorch, in turn")
+    parser.add_argument("--against-float32", action="store_true", help="how far pass p is from the same in float32")
     parser.add_argument("--eager", action="store_true", help="PyTorch without torch.compile")
     parser.add_argument("--trace", type=pathlib.Path, metavar="FOLDER", help="one step is traced into it, and the time of each kernel printed")
     flags = parser.parse_args()
@@ -221,14 +230,14 @@ def main() -> None:
     if flags.against_pytorch and flags.history != "joint":
         parser.error("--against-pytorch goes with --history joint")
     config = make_config(flags)
-    window = make_window(config)
+    window = make_window(config, flags.attention)
     chosen = sampler.guided_passes(GUIDANCE, with_history=True)
     levels, coefficients = tuple(chosen), list(chosen.values())
 
     side = 1024 if on_cpu else 8192
     first = sampler.guided_passes(GUIDANCE, with_history=False)
     without = window._replace(conditions=window.conditions._replace(history=None))
-    parts = components(config)
+    parts = components(config, flags.attention)
     progress("weights drawn")
     calls, compile_seconds = in_threads({
         "step": functools.partial(step_of, window, levels, coefficients, steps=1),
@@ -277,19 +286,23 @@ def main() -> None:
     }
     if flags.against_pytorch:
         low, ratio, high = np.quantile(seconds["pytorch step"] / seconds["step"], [0.25, 0.5, 0.75]).tolist()
-        begun_at = np.asarray(window.z)
         result |= {
             "pytorch_seconds": typical["pytorch step"],
             "times_as_fast_as_pytorch": ratio,
             "quarters": [low, high],
-            "pytorch_apart": float(np.linalg.norm(there - result_of_step) / np.linalg.norm(result_of_step - begun_at)),
+            "pytorch_apart": apart(there, result_of_step, window.z),
             "pytorch_matrix_peak_tflops": product / typical["pytorch product"],
             "pytorch_attention": pytorch_attention,
             "pytorch_compile_seconds": pytorch_compile_seconds,
         }
+    if flags.against_float32:
+        exact = make_window(dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32")), "auto")
+        in_float32 = np.asarray(step_of(exact, levels[-1:], [1.0], steps=1)())
+        result["pass_p_from_float32"] = apart(np.asarray(calls["p"]()), in_float32, window.z)
+        progress("pass p in float32")
     shape["history_frames"] = config.data.history
     result |= {
-        "sizes": {name: getattr(flags, name) for name in ("size", "history", "dtype", "repeats", "eager")} | shape,
+        "sizes": {name: getattr(flags, name) for name in ("size", "history", "dtype", "attention", "repeats", "eager")} | shape,
         "device": jax.devices()[0].device_kind,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", *(("torch",) if flags.against_pytorch else ()))},
         "date": datetime.date.today().isoformat(),
@@ -301,6 +314,8 @@ def main() -> None:
         print(f"   PyTorch: {result['pytorch_seconds']:.3f} s, a product {result['pytorch_matrix_peak_tflops']:.2f} TFLOP/s; apart by {result['pytorch_apart']:.1e}")
         print(f"            its attention kernels: {attention_line}")
         print(f"            ours is {ratio:.2f} times as fast (quarters of the rounds: {low:.2f}, {high:.2f})")
+    if flags.against_float32:
+        print(f"pass p is {result['pass_p_from_float32']:.2e} of what it changes from float32's")
     print(json.dumps(result), flush=True)  # before the trace, which may be cut short
     if flags.trace:
         found, span = kernels.read_kernels(kernels.traced(calls["step"], flags.trace, "step"))

@@ -13,7 +13,7 @@ from tiny_network import TINY, assert_close, each_layer, fresh_params, linear, r
 
 from svdp_jax.models import tokens
 from svdp_jax.models.blocks import Layer, Shared, Streams, TemporalBlock
-from svdp_jax.models.layers import layer_norm, rms_norm
+from svdp_jax.models.layers import QKV, layer_norm, rms_norm, score_bound
 
 CONFIG = TINY.model
 BATCH, FRAMES, PAST = 4, 3, 2  # of the inputs; 2 x 2 tokens
@@ -152,3 +152,15 @@ def test_only_the_last_layer_leaves_history_and_text_alone(params, moment):
         for name in ("text", "history", "history_text"):
             changed = np.abs(getattr(after, name) - getattr(before, name)).max() > 1e-2
             assert changed == (kind != "last"), (kind, name)
+
+
+def test_no_score_exceeds_its_bound_and_one_comes_near():
+    """Of the queries and keys of two streams that attend to each other, whatever the norms' scales."""
+    size = TINY.model.head_size
+    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+    scales = [{name: draw(number, size) * 2 for number, name in enumerate(("q_norm", "k_norm"), start=10 * stream)} for stream in range(2)]
+    bound = float(score_bound(*(QKV(TINY.model).bind({"params": own}) for own in scales)))
+    vectors = jnp.concatenate([draw(99, 500, size), 100 * jnp.eye(size)])  # whose norms have one entry alone, sqrt(H)
+    q, k = (jnp.concatenate([rms_norm(vectors, own[name]) for own in scales]) for name in ("q_norm", "k_norm"))
+    largest = float(jnp.abs(q @ k.T).max()) / size**0.5
+    assert largest <= bound and largest > 0.99 * bound

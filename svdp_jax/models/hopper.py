@@ -34,6 +34,7 @@ TILE = WARPGROUPS * ROWS
 BOUND = 60.0
 
 
+@jax.jit  # so that layers of the same shapes share one kernel: lowering one takes half a second
 def attention(
     q: BFloat16[Array, "G Q N 64"],
     k: BFloat16[Array, "G K N 64"],

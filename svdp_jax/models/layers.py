@@ -81,16 +81,15 @@ class QKV(nn.Module):
             v,
         )
 
-    def largest(self) -> Float[Array, "2"]:
-        """How long a query and a key can become, through their norms; once there are parameters."""
-        scales = (nn.meta.unbox(self.get_variable("params", name)) for name in ("q_norm", "k_norm"))
-        return jnp.stack([jnp.abs(scale).max() for scale in scales]) * self.config.head_size**0.5
+    def scales(self) -> tuple[Float[Array, "H"], Float[Array, "H"]]:
+        """Of the norms of queries and keys; once there are parameters."""
+        return tuple(nn.meta.unbox(self.get_variable("params", name)) for name in ("q_norm", "k_norm"))
 
 
-def score_bound(*asking: QKV) -> Float[Array, ""]:
-    """What no score q k / sqrt(H) exceeds in magnitude, where queries and keys of all these attend to each other."""
-    largest = jnp.stack([qkv.largest() for qkv in asking]).max(axis=0)
-    return largest[0] * largest[1] * asking[0].config.head_size**-0.5
+def score_bound(*together: QKV) -> Float[Array, ""]:
+    """What no score q k / sqrt(H) exceeds in magnitude, where queries and keys of all these attend to each other: normed, both are sqrt(H) long at most."""
+    of_queries, of_keys = map(jnp.stack, zip(*(qkv.scales() for qkv in together), strict=True))
+    return jnp.abs(of_queries[:, None] * of_keys).max() * together[0].config.head_size ** 0.5
 
 
 class Output(nn.Module):
