@@ -136,18 +136,29 @@ def test_hopper_is_softmax_attention(queries, keys, lengths, bound):
 
 
 @needs_hopper
-@pytest.mark.parametrize("sign", [1, -1])
-def test_hopper_without_a_running_maximum_takes_scores_as_large_as_its_bound(sign):
-    """Rows whose scores are all near 60, or all near -60, and one in which they are both."""
-    direction = jnp.zeros(64).at[0].set(1.0)
-    spread = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 1, 300, 1, 64)), jnp.float32).at[..., 0].set(0)
-    q = (sign * 21.9 * direction + 0.2 * spread[0]).astype(jnp.bfloat16)
-    k = (21.9 * direction + spread[1]).at[:, :, 0].multiply(-1.0).astype(jnp.bfloat16)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_hopper_without_a_running_maximum_takes_scores_as_large_as_its_bound(mixed):
+    """Rows whose scores are all near 60, and rows whose scores are all near -60; mixed, each has a key of the other sign."""
+    spread = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 1, 300, 1, 64)), jnp.float32).at[..., 0].set(21.9)
+    q = (spread[0] * jnp.array([1.0] + 63 * [0.2])).at[:, :, ::2].multiply(-1.0).astype(jnp.bfloat16)
+    k = spread[1].at[:, :, :1].multiply(-1.0 if mixed else 1.0).astype(jnp.bfloat16)
     v = inputs(queries=1, keys=300, batch=1, groups=1, heads=1, head_size=64, dtype=jnp.bfloat16)[2]
     want = expected(q, k, v, jnp.zeros_like(q))[0]
     for bound in (60.0, None):
         got = np.asarray(attention(q, k, v, bound=None if bound is None else jnp.float32(bound), backend="hopper"), np.float64)
         assert np.linalg.norm(got - want) <= 0.05 * np.linalg.norm(want)  # a rounding of scores of 60 is a tenth
+
+
+@needs_hopper
+@pytest.mark.parametrize("bound", [None, 59.0])
+@pytest.mark.parametrize("lengths", [None, (1, 300), (129, 256)])
+def test_hopper_has_blocks_take_many_tiles(bound, lengths):
+    """960 of them, of two lengths: seven or eight for each of 132 blocks."""
+    q, k, v, cotangent = inputs(queries=200, keys=300, groups=8, heads=30, head_size=64, dtype=jnp.bfloat16)
+    want = expected(q, k, v, cotangent, lengths)[0]
+    got = attention(q, k, v, lengths and jnp.array(lengths), bound=None if bound is None else jnp.float32(bound), backend="hopper")
+    apart = np.linalg.norm(np.asarray(got, np.float64) - want, axis=(2, 4)) / np.linalg.norm(want, axis=(2, 4))  # of each group and head
+    assert apart.max() <= 2**-7
 
 
 @needs_hopper

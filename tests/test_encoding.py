@@ -6,6 +6,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from prepared import person
 from small_videos import NTSC, clip, write
 
 from svdp_jax.data import encoding, video
@@ -19,6 +20,16 @@ def test_encode_decode(count, strict):
     assert decoded.shape == frames.shape and decoded.dtype == np.uint8
     difference = decoded.astype(int) - frames
     assert np.abs(difference).mean() < 1 and abs(difference.mean()) < 0.3  # no darker, no brighter
+
+
+def test_the_same_frames_are_the_same_bytes_whatever_memory_held_before():
+    """Twenty times. Of frames that move as people do: of others too little depends on it."""
+    found, (frames, _) = set(), person(5, 20)
+    for number in range(20):
+        stray = [np.random.default_rng(number).integers(0, 256, size, np.uint8) for size in range(1000, 200_000, 5000)]
+        del stray
+        found.add(video.encode(frames, fps=Fraction(25)))
+    assert len(found) == 1
 
 
 def test_decoded_frames_do_not_depend_on_those_before():

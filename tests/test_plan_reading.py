@@ -35,6 +35,21 @@ def test_padding_of_a_convolution_is_no_work():
     assert counted(compiled(function, x, kernel)) == 2 * (8 * 3 - 2) ** 2 * 3 * 5
 
 
+KERNEL = """
+ENTRY %main (q: bf16[2,384,3,64], k: bf16[2,256,3,64], v: bf16[2,256,3,64], bound: f32[1]) -> bf16[2,384,3,64] {
+  %q = bf16[2,384,3,64]{3,2,1,0} parameter(0)
+  %k = bf16[2,256,3,64]{3,2,1,0} parameter(1)
+  %v = bf16[2,256,3,64]{3,2,1,0} parameter(2)
+  %bound = f32[1]{0} parameter(3)
+  ROOT %attention = bf16[2,384,3,64]{3,2,1,0} custom-call(%q, %k, %v, %bound), custom_call_target="mosaic_gpu_v2", api_version=API_VERSION_TYPED_FFI
+}
+"""
+
+
+def test_our_kernel_is_two_products_of_all_queries_and_keys():
+    assert counted(hlo.Module(KERNEL)) == 2 * (2 * 2 * 3 * 384 * 256 * 64)
+
+
 def test_what_is_moved_is_what_goes_in_and_comes_out():
     module = compiled(lambda x, y: jnp.tanh(x) * y + 1, jnp.ones((64, 64)), jnp.ones((64, 64)))
     assert sum(module.moved(where, op) * times for where, op, times in module.walk()) == 3 * 64 * 64 * 4

@@ -81,7 +81,7 @@ def attention(
         kept = _kept(k.shape[2], lengths)[:, None, :, None, None]
         k, v = jnp.where(kept, k, 0), jnp.where(kept, v, 0)
     if backend == "hopper":
-        return _hopper(q, k, v, lengths, None if bound is None else jax.lax.stop_gradient(bound))
+        return _hopper(q, k, v, lengths, bound)
     attend = {"plain": _plain, "chunked": _chunked, "cudnn": _cudnn, "pallas": _pallas}[backend]
     return attend(q, k, v, lengths)
 
@@ -212,11 +212,11 @@ def _cudnn(q: Array, k: Array, v: Array, lengths: Array | None) -> Array:
 
 @jax.custom_vjp
 def _hopper(q: Array, k: Array, v: Array, lengths: Array | None, bound: Array | None) -> Array:
-    """Groups become batch."""
+    """Groups become batch. The kernel would wait for ever for the keys of a sample without any."""
     from svdp_jax.models import hopper  # imports fail where Pallas has no GPU support
 
     batch, groups = q.shape[:2]
-    lengths = None if lengths is None else jnp.repeat(lengths.astype(jnp.int32), groups)
+    lengths = None if lengths is None else jnp.repeat(jnp.clip(lengths.astype(jnp.int32), 1, k.shape[2]), groups)
     return hopper.attention(*(x.reshape(batch * groups, *x.shape[2:]) for x in (q, k, v)), lengths, bound).reshape(q.shape)
 
 

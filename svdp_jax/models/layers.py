@@ -88,7 +88,7 @@ class QKV(nn.Module):
 
 def score_bound(*together: QKV) -> Float[Array, ""]:
     """What no score q k / sqrt(H) exceeds in magnitude, where queries and keys of all these attend to each other: normed, both are sqrt(H) long at most."""
-    of_queries, of_keys = map(jnp.stack, zip(*(qkv.scales() for qkv in together), strict=True))
+    of_queries, of_keys = (jnp.stack(scales).astype(jnp.float32) for scales in zip(*(qkv.scales() for qkv in together), strict=True))
     return jnp.abs(of_queries[:, None] * of_keys).max() * together[0].config.head_size ** 0.5
 
 
