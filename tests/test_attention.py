@@ -229,6 +229,16 @@ def test_a_gpu_is_told_by_the_kernels_it_has(monkeypatch, capability, platform):
     assert module._current_platform() == platform
 
 
+def test_the_environment_takes_other_kernels(monkeypatch):
+    monkeypatch.setenv("SVDP_KERNELS", "cuda")
+    assert module._current_platform() == "cuda"
+    with module.compiling_for("tpu"):
+        assert module._current_platform() == "tpu"
+    monkeypatch.setenv("SVDP_KERNELS", "rocm")
+    with pytest.raises(ValueError, match="SVDP_KERNELS=rocm: choose one of cpu, gpu, cuda, hopper, tpu"):
+        attention(*inputs()[:3])
+
+
 def test_auto_is_the_chosen_backend(monkeypatch):
     program = lambda backend: str(jax.make_jaxpr(partial(attention, backend=backend))(*inputs()[:3]))
     for backend in ("plain", "chunked"):

@@ -20,6 +20,7 @@ import contextlib
 import contextvars
 import functools
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
@@ -30,6 +31,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 ATTENTION = "attention"  # the name of what attention puts out and its backward pass looks at, for rematerialisation
+KERNELS = "SVDP_KERNELS"  # an environment variable: "auto" is what suits this platform, whatever the device
+PLATFORMS = "cpu", "gpu", "cuda", "hopper", "tpu"
 Backend = Literal["auto", "plain", "chunked", "cudnn", "hopper", "pallas"]
 
 # Scores (B G N Q K) up to which they stand in memory all at once. A CPU's cache holds 4 MB of float32, and a loop over
@@ -60,7 +63,7 @@ def attention(
         k, v: keys and values; K may differ from Q.
         lengths: how many leading keys of each sample take part, each >= 1; None is all of them.
         bound: what no score q k / sqrt(H) exceeds in magnitude, if that is known: "hopper" is faster where it is small. It changes no result.
-        backend: "auto" asks `choose_backend` for the device JAX runs on, or that of `compiling_for`.
+        backend: "auto" asks `choose_backend` for the device JAX runs on, or that of `compiling_for` or of `SVDP_KERNELS`.
 
     Raises:
         ValueError: shapes that do not fit together, a backend that does not exist or that cannot take these inputs.
@@ -98,7 +101,7 @@ def compiling_for(platform: str) -> Iterator[None]:
 
 def choose_backend(platform: str, q_shape: Sequence[int], k_shape: Sequence[int], dtype: DTypeLike) -> Backend:
     """The backend for q [B, G, Q, N, H] and k [B, G, K, N, H] on a platform: "cpu", "cuda" (NVIDIA's since Ampere), "hopper" (its H100 and H200), "tpu",
-    or another GPU's, for which there is no kernel here."""
+    or "gpu", one for which there is no kernel here."""
     batch, groups, queries, heads, head_size = q_shape
     keys = k_shape[2]
     if keys >= SHORT_KEYS:
@@ -112,8 +115,12 @@ def choose_backend(platform: str, q_shape: Sequence[int], k_shape: Sequence[int]
 
 
 def _current_platform() -> str:
-    """The platform of `compiling_for`, or of the device JAX runs on."""
+    """The platform of `compiling_for`, of the environment, or of the device JAX runs on."""
     if platform := _platform.get():
+        return platform
+    if platform := os.environ.get(KERNELS):
+        if platform not in PLATFORMS:
+            raise ValueError(f"{KERNELS}={platform}: choose one of {', '.join(PLATFORMS)}")
         return platform
     device = jax.devices()[0]
     capability = re.fullmatch(r"(\d+)\.\d+", getattr(device, "compute_capability", ""))  # of AMD's: gfx90a and the like
