@@ -31,7 +31,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 ATTENTION = "attention"  # the name of what attention puts out and its backward pass looks at, for rematerialisation
-KERNELS = "SVDP_KERNELS"  # an environment variable: "auto" is what suits this platform, whatever the device
+OVERRIDE = "SVDP_KERNELS"  # an environment variable: "auto" is what suits this platform, whatever the device
 PLATFORMS = "cpu", "gpu", "cuda", "hopper", "tpu"
 Backend = Literal["auto", "plain", "chunked", "cudnn", "hopper", "pallas"]
 
@@ -118,9 +118,9 @@ def _current_platform() -> str:
     """The platform of `compiling_for`, of the environment, or of the device JAX runs on."""
     if platform := _platform.get():
         return platform
-    if platform := os.environ.get(KERNELS):
+    if platform := os.environ.get(OVERRIDE):
         if platform not in PLATFORMS:
-            raise ValueError(f"{KERNELS}={platform}: choose one of {', '.join(PLATFORMS)}")
+            raise ValueError(f"{OVERRIDE}={platform}: choose one of {', '.join(PLATFORMS)}")
         return platform
     device = jax.devices()[0]
     capability = re.fullmatch(r"(\d+)\.\d+", getattr(device, "compute_capability", ""))  # of AMD's: gfx90a and the like

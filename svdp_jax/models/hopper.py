@@ -138,7 +138,6 @@ def attention(
                         weights = lax.optimization_barrier(weights)  # they stay where they are while the tensor cores read them
                         gpu.barrier_wait(v_full.at[(first + step) % STAGES])
                         found = scores(step + 1, lambda: sum_values(step, weights))
-                        fade = None
                         if running_max:
                             largest, before = jnp.maximum(largest, found.max(axis=1)), largest
                             fade = jnp.exp2(before - largest)
